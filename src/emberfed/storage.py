@@ -1,0 +1,88 @@
+"""Whole files or none: everything is written under a temporary name, synced, and renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from emberfed.errors import StorageError
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is too big"}
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an operating system error while writing `path` into one line. Raises: StorageError."""
+    try:
+        yield
+    except OSError as error:
+        reason = _FULL.get(error.errno or 0, error.strerror or str(error))
+        raise StorageError(
+            f"could not write {path}: {reason}; nothing finished is lost. Make room or allow writing, then resume"
+        ) from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file atomically, with its folders. Raises: StorageError."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys sorted. Raises: StorageError."""
+    write(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return rows as JSON lines."""
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line. Raises: StorageError."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(lines([row]))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename durably. Raises: StorageError."""
+    with explained(target):
+        source.rename(target)
+        sync_folder(target.parent)
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target`, atomically. Raises: StorageError."""
+    temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with explained(link):
+        temporary.symlink_to(target)
+        temporary.replace(link)
+        sync_folder(link.parent)

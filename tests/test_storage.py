@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emberfed import storage
+from emberfed.errors import StorageError
+
+
+def test_a_file_appears_whole_with_its_folders_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    storage.write(path, b"one")
+    storage.write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    """A real limit on file size stands in for a full disk: the operating system refuses in the middle of a write."""
+    path = tmp_path / "file"
+    storage.write(path, b"old")
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from pathlib import Path
+from emberfed import storage
+from emberfed.errors import StorageError
+try:
+    storage.write(Path({str(path)!r}), b"x" * 5000)
+except StorageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "could not write" in done.stdout
+    assert "resume" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full, an always full disk")
+def test_a_full_disk_is_named() -> None:
+    with pytest.raises(StorageError, match="the disk is full"), storage.explained(Path("x")):
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(b"x")
+
+
+def test_a_folder_in_the_way_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="could not write"):
+        storage.write(tmp_path / "file" / "x", b"")
+    with pytest.raises(StorageError, match="could not write"):
+        storage.append_line(tmp_path / "file" / "x", {})
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "lines"
+    storage.append_line(path, {"b": 1, "a": [2]})
+    storage.append_line(path, {"c": None})
+    assert path.read_bytes() == b'{"b": 1, "a": [2]}\n{"c": null}\n' == storage.lines([{"b": 1, "a": [2]}, {"c": None}])
+    with pytest.raises(ValueError, match="JSON"):
+        storage.lines([{"x": float("nan")}])
+    storage.write_json(path, {"b": 1, "a": 2})
+    assert path.read_text() == '{\n "a": 2,\n "b": 1\n}\n'
+
+
+def test_a_link_is_moved_in_one_step(tmp_path: Path) -> None:
+    link = tmp_path / "final"
+    storage.point(link, "rounds/0001")
+    storage.point(link, "rounds/0002")
+    assert os.readlink(link) == "rounds/0002"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
