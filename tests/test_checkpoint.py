@@ -24,7 +24,9 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def commit(folder: RunFolder, *rounds: int) -> None:
     for round in rounds:
-        folder.partial(round).keep("c0", Payload(round, "c0", state(round)).to_bytes(), {"client": "c0", "round": round})
+        folder.partial(round).keep(
+            "c0", Payload(round, "c0", state(round)).to_bytes(), {"client": "c0", "round": round}
+        )
         exported = {"adapter_config.json": b"{}"}
         folder.commit(round, state(round), exported, [{"round": round}], [{"round": round, "client": "c0"}])
 

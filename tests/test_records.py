@@ -13,7 +13,11 @@ from emberfed.records import Bundle, Payload, TensorSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
@@ -60,7 +64,12 @@ def test_a_lazy_bundle_reads_fresh_copies(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     path.write_bytes(Payload(3, "c1", Bundle({"x": torch.ones(2), "y": torch.zeros(1)}, {"k": 1})).to_bytes())
     lazy = Payload.open(path)
-    assert (lazy.round, lazy.client, dict(lazy.content.meta), list(lazy.content.tensors)) == (3, "c1", {"k": 1}, ["x", "y"])
+    assert (lazy.round, lazy.client, dict(lazy.content.meta), list(lazy.content.tensors)) == (
+        3,
+        "c1",
+        {"k": 1},
+        ["x", "y"],
+    )
     lazy.content.tensors["x"].zero_()
     assert lazy.content.tensors["x"].tolist() == [1.0, 1.0]
     assert len(lazy.content.tensors) == 2

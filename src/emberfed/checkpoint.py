@@ -1,11 +1,11 @@
 """The run folder: whole rounds only, each with checksums; what was finished before a kill is found again.
 
-    runs/<name>/
-      config.yaml  run.json  partition.json  metrics.jsonl  clients.jsonl  events.jsonl  report.html
-      rounds/0002/  state.safetensors  state.json  adapter_config.json  adapter_model.safetensors
-                    metrics.jsonl  clients.jsonl  clients/<id>.safetensors
-      rounds/0003.partial/clients/<id>.safetensors     (a round that is still running)
-      final -> rounds/0002                             (once the run is complete)
+runs/<name>/
+  config.yaml  run.json  partition.json  metrics.jsonl  clients.jsonl  events.jsonl  report.html
+  rounds/0002/  state.safetensors  state.json  adapter_config.json  adapter_model.safetensors
+                metrics.jsonl  clients.jsonl  clients/<id>.safetensors
+  rounds/0003.partial/clients/<id>.safetensors     (a round that is still running)
+  final -> rounds/0002                             (once the run is complete)
 """
 
 from __future__ import annotations

@@ -13,7 +13,11 @@ from typing import Any
 
 from emberfed.errors import StorageError
 
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is too big"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is too big",
+}
 
 
 @contextmanager

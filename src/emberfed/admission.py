@@ -1,0 +1,84 @@
+"""Admission: every upload is checked against what was asked before it may touch the state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from emberfed.errors import EmberfedError, closest
+from emberfed.records import Json, Payload, Reply, TensorSpec
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the server asked of one client: the round, the tensors the answer must hold, and the K it was given."""
+
+    round: int
+    client: str
+    specs: Mapping[str, TensorSpec]
+    top_k: int | None
+
+
+def problem_of(reply: Reply, asked: Mapping[str, Asked], answered: set[str]) -> tuple[str, str | None]:
+    """Return whom a reply is held against, and what is wrong with it (None: admitted).
+
+    The sender is who the engine says it is; a payload that claims to be somebody else is refused.
+    """
+    sender = reply.client
+    if sender not in asked:
+        return sender, f"was not asked in this round{closest(sender, asked)}"
+    if sender in answered:
+        return sender, "answered twice"
+    try:
+        payload = Payload.from_bytes(reply.upload)
+    except EmberfedError as error:
+        return sender, str(error)
+    return sender, payload_problem(payload, asked[sender])
+
+
+def payload_problem(payload: Payload, asked: Asked) -> str | None:
+    """Return what is wrong with an upload, or None."""
+    if payload.client != asked.client:
+        return f"payload says it comes from {payload.client!r}"
+    if payload.round != asked.round:
+        return f"payload belongs to round {payload.round}, this is round {asked.round}"
+    return _meta_problem(payload.content.meta, asked) or _tensor_problem(payload.content.tensors, asked.specs)
+
+
+def _meta_problem(meta: Mapping[str, Json], asked: Asked) -> str | None:
+    for key in ("examples", "tokens"):
+        value = meta.get(key)
+        if type(value) is not int or value < 1:
+            return f"{key!r} must be a whole number of at least 1, found {value!r}"
+    if meta.get("top_k") != asked.top_k:
+        return f"'top_k' is {meta.get('top_k')!r}, the client was given {asked.top_k}"
+    stats = meta.get("stats")
+    if not isinstance(stats, dict):
+        return f"'stats' must be a mapping, found {stats!r}"
+    for key in ("loss_mean", "flops"):
+        if type(stats.get(key)) not in (int, float):
+            return f"'stats.{key}' must be a number, found {stats.get(key)!r}"
+    return None
+
+
+def _tensor_problem(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> str | None:
+    foreign, missing = sorted(set(tensors) - set(specs)), sorted(set(specs) - set(tensors))
+    if foreign:
+        return f"foreign tensor {foreign[0]!r}" + (f" and {len(foreign) - 1} more" if foreign[1:] else "")
+    if missing:
+        return f"tensor {missing[0]!r} is missing" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+    for name in sorted(specs):
+        tensor = tensors[name]
+        wrong = specs[name].problem(tensor)
+        if wrong:
+            return f"tensor {name!r}: {wrong}"
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            return f"tensor {name!r}: {bad} of {tensor.numel()} values are not finite"
+        if not tensor.is_floating_point() and bool((tensor < 0).any()):
+            return f"tensor {name!r}: negative counts"
+    return None

@@ -1,0 +1,184 @@
+"""From a configuration to all that the main loop works with; everything that can be wrong is found here, early."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, final
+
+import psutil
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import emberfed
+from emberfed import clients, events
+from emberfed.checkpoint import RunFolder
+from emberfed.config import RunConfig
+from emberfed.data.inspect import Inspection, inspect
+from emberfed.data.loading import Corpus, load
+from emberfed.data.partition import Partition, partition
+from emberfed.data.tokenise import Shard, check_vocabulary, tokenise
+from emberfed.errors import RunFolderError
+from emberfed.models.loading import load as load_model
+from emberfed.models.sparse_model import SparseModel
+from emberfed.records import Json
+from emberfed.rounds import Federation
+from emberfed.seeds import Seeds
+from emberfed.training import Trainer
+from emberfed.worker import MemoryFolder, Worker
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """Model and data of a configuration, loaded, divided and tokenised."""
+
+    model: SparseModel
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    partition: Partition
+    shards: Mapping[str, Shard]
+    test: Shard
+    inspection: Inspection
+    clients: tuple[clients.Client, ...]
+    budgets: tuple[clients.Budget, ...]
+
+
+def gather(config: RunConfig) -> Material:
+    """Load and check everything a run needs. Raises: ConfigError, DataError, ModelError."""
+    seeds = Seeds(config.seed)
+    model, tokenizer = load_model(config.model)
+    check_vocabulary(tokenizer, model.shape.vocabulary)
+    budgets = clients.resolve(config.clients.tiers, model.native_top_k, model.num_experts)
+    corpus = load(config.data, seeds)
+    divided = partition(corpus.train, config.data.partition, config.clients.count, seeds)
+    shards = {
+        id_: tokenise(corpus.train.select(rows), tokenizer, config.data, id_) for id_, rows in divided.rows.items()
+    }
+    test = tokenise(corpus.test, tokenizer, config.data, "test split")
+    sizes = {id_: len(shard.examples) for id_, shard in shards.items()}
+    enrolled = clients.enrol(sizes, config.clients, model.native_top_k, model.num_experts, seeds)
+    inspection = inspect(corpus, divided, shards)
+    return Material(model, tokenizer, corpus, divided, shards, test, inspection, enrolled, tuple(budgets))
+
+
+def start(config: RunConfig, path: Path, material: Material) -> RunFolder:
+    """Make the run folder. Raises: RunFolderError, StorageError."""
+    return RunFolder.create(path, config.yaml(), describe(config, path.name, material), partition_record(material))
+
+
+def check_same_data(folder: RunFolder, material: Material) -> None:
+    """Check that the data is what it was when the run began. Raises: RunFolderError."""
+    if folder.read_json("partition.json") != partition_record(material):
+        raise RunFolderError(
+            f"the data is not what it was when {folder.path} began (partition.json differs); "
+            f"put the data back, or start a new run"
+        )
+
+
+def federate(
+    config: RunConfig, folder: RunFolder, material: Material, listen: events.Listener = events.ignore
+) -> Federation:
+    """Put the parts together."""
+    seeds = Seeds(config.seed)
+    method = config.method_type(config.method, config.adapter, Trainer(config.training, listen))
+    worker = Worker(
+        method=method,
+        model=material.model,
+        clients={client.id: client for client in material.clients},
+        shards=material.shards.__getitem__,
+        memory=MemoryFolder(folder.path / "memory"),
+        seeds=seeds,
+    )
+    return Federation(
+        rounds=config.training.rounds,
+        seeds=seeds,
+        method=method,
+        engine=config.engine_type(config.engine, worker.answer),
+        model=material.model,
+        tokenizer=material.tokenizer,
+        clients=material.clients,
+        participation=config.clients,
+        budgets=material.budgets,
+        test=material.test,
+        evaluation=config.evaluation,
+        keep_uploads=config.output.keep_uploads,
+    )
+
+
+def partition_record(material: Material) -> dict[str, Json]:
+    """Return what partition.json keeps: who got which rows, and what they hold."""
+    return {**material.partition.json(), "clients": material.inspection.clients_json()}
+
+
+def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json]:
+    """Return what run.json keeps: versions, seeds, hardware, model, data, tiers, the method's paper."""
+    shape = material.model.shape
+    share = {tier.name: tier.share for tier in config.clients.tiers}
+    return {
+        "name": name,
+        "emberfed_version": emberfed.__version__,
+        "git": _git_hash(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": config.seed,
+        "method": {
+            "name": config.method_name,
+            "title": config.method_type.title,
+            "paper": config.method_type.paper,
+        },
+        "versions": versions(),
+        "hardware": hardware(),
+        "model": {
+            "path": config.model.path,
+            "family": material.model.family.model_type,
+            "parameters": shape.parameters,
+            "layers": shape.num_layers,
+            "num_experts": shape.num_experts,
+            "native_top_k": shape.native_top_k,
+        },
+        "data": material.inspection.totals_json(),
+        "tiers": [
+            {"name": budget.tier, "top_k": budget.top_k, "share": share[budget.tier]} for budget in material.budgets
+        ],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that results depend on."""
+    names = ("torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors", "tokenizers", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def hardware() -> dict[str, Any]:
+    """Return what this machine offers."""
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+    }
+
+
+def _git_hash() -> str | None:
+    """Return the commit of the source tree, if emberfed runs from one."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

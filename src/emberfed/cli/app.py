@@ -1,0 +1,221 @@
+"""The commands. Each one calls what Python users call, and shows what comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from emberfed import __version__
+from emberfed.cli.output import output
+from emberfed.errors import ConfigError
+
+app = typer.Typer(
+    help="Federated fine-tuning of sparse mixture-of-experts models: every client activates as many experts as it "
+    "can afford.",
+    epilog="Example: emberfed run --set training.rounds=2",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True, epilog="Example: emberfed data inspect config.yaml")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[Path | None, typer.Argument(help="A configuration file; none: the built-in quickstart.")]
+RunPath = Annotated[Path, typer.Argument(help="A run folder, as `emberfed run` writes it.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. training.rounds=2. May be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"emberfed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: emberfed run config.yaml --set training.rounds=5 --output runs/five")
+def run(
+    config: Config = None,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="The run's folder, absent or empty; none: a free one in runs/."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train from start to report."""
+    with output(as_json).errors():
+        from emberfed import config as configuration
+        from emberfed.api import free_path
+        from emberfed.cli import training
+
+        checked = configuration.load(config, overrides or ())
+        path = folder if folder is not None else free_path(checked, config)
+        summary = training.run(config, overrides or (), path, checked)
+        training.show(output(as_json), summary)
+
+
+@app.command(epilog="Example: emberfed resume runs/quickstart --rounds 6")
+def resume(
+    run: RunPath,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds in all, to go on beyond what the configuration says.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run that was stopped, or add rounds to one that is complete."""
+    with output(as_json).errors():
+        from emberfed.cli import training
+
+        training.show(output(as_json), training.resume(run, rounds))
+
+
+@app.command(epilog="Example: emberfed evaluate runs/quickstart --top-k 1,2,4,8")
+def evaluate(
+    run: RunPath,
+    top_k: Annotated[
+        str | None, typer.Option(metavar="K,K,...", help="Numbers of active experts; none: those of the run's tiers.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a run's newest round on its held-out examples."""
+    with output(as_json).errors():
+        wanted = None if top_k is None else _whole_numbers(top_k)
+        from emberfed.cli import tables, training
+
+        lines = training.evaluate(run, wanted)
+        shown = [tables.evaluations(lines)]
+        if len(lines[0]["categories"]) > 1:
+            shown.append(tables.categories(lines))
+        output(as_json).result({"evaluations": lines}, *shown)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    """Parse `1,2,4`. Raises: ConfigError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--top-k {text!r}: expected different whole numbers above 0, e.g. --top-k 1,2,4,8")
+    return [int(part) for part in parts]
+
+
+@app.command(epilog="Example: emberfed report runs/a runs/b --output comparison.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    file: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="The page; none: report.html in the run, here if several."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of one run, or of several beside each other, as one HTML file."""
+    with output(as_json).errors():
+        from emberfed.report import write_report
+
+        default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+        written = write_report(runs, file if file is not None else default)
+        output(as_json).result({"report": str(written)}, Text(f"report written to {written}"))
+
+
+@app.command(epilog="Example: emberfed methods a3smoe")
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these; none: all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the federated methods with their options and defaults."""
+    with output(as_json).errors():
+        from emberfed.cli import tables
+        from emberfed.cli.options import options
+        from emberfed.method import load_method, method_names
+
+        found = [(name, load_method(name)) for name in names or method_names()]
+        documents = [
+            {
+                "name": name,
+                "title": method.title,
+                "paper": method.paper,
+                "options": [option.json() for option in options(method.Config)],
+                "adapter": [option.json() for option in options(method.AdapterConfig)],
+            }
+            for name, method in found
+        ]
+        shown = [
+            tables.method(name, method.title, method.paper, options(method.Config), options(method.AdapterConfig))
+            for name, method in found
+        ]
+        output(as_json).result({"methods": documents}, *shown)
+
+
+@app.command(epilog="Example: emberfed models --json")
+def models(as_json: AsJson = False) -> None:
+    """List the families of models that can be fine-tuned."""
+    with output(as_json).errors():
+        import importlib
+
+        from emberfed.cli import tables
+        from emberfed.models import families
+
+        docs = {
+            model_type: " ".join((importlib.import_module(f"{families.__name__}.{model_type}").__doc__ or "").split())
+            for model_type in families.families()
+        }
+        hint = "Give model.path a hub id or local folder with one of these model types, or `builtin`."
+        documents = [{"model_type": model_type, "about": about} for model_type, about in docs.items()]
+        output(as_json).result({"families": documents}, tables.families(docs), hint)
+
+
+@data_app.command("inspect", epilog="Example: emberfed data inspect config.yaml --set data.partition.alpha=0.1")
+def inspect(config: Config = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show how the data divides among clients: sizes, labels, skew, tokens. Nothing is trained or written."""
+    with output(as_json).errors():
+        from emberfed import config as configuration
+        from emberfed.cli import division
+
+        inspection = division.inspect_data(configuration.load(config, overrides or ()))
+        output(as_json).result(inspection.json(), *division.tables(inspection))
+
+
+@app.command(epilog="Example: emberfed doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine and say what will bite; exit code 1 if something essential is broken."""
+    with output(as_json).errors():
+        from dataclasses import asdict
+
+        from emberfed.cli import tables
+        from emberfed.cli.doctor import examine
+
+        found = list(examine(Path("runs")))
+        output(as_json).result({"checks": [asdict(check) for check in found]}, tables.checks(found))
+        if any(check.state == "broken" for check in found):
+            raise typer.Exit(1)
+
+
+@app.command(epilog="Example: emberfed init federation.yaml")
+def init(
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")] = Path("emberfed.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented configuration to start from: the quickstart with every key."""
+    with output(as_json).errors():
+        from emberfed import config as configuration
+        from emberfed import storage
+        from emberfed.cli.template import annotated
+
+        if file.exists():
+            raise ConfigError(f"{file} exists and is left as it is; give another name")
+        storage.write(file, annotated(configuration.load(None), str(file)).encode())
+        output(as_json).result({"config": str(file)}, Text(f"{file} written; run it with: emberfed run {file}"))

@@ -1,0 +1,80 @@
+"""Ctrl-C and SIGTERM: the run stops at once and stays resumable; a second signal kills."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import final
+
+from emberfed.errors import Interrupted, RoundFailed, StorageError
+from emberfed.events import Event, Listener
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@final
+class Stop:
+    """Remembers that the user asked to stop.
+
+    The signal's exception can be lost where Python ignores exceptions (in a destructor, say), so the next event
+    raises it again.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has asked yet."""
+        self._asked = False
+
+    def before(self, listen: Listener) -> Listener:
+        """Return a listener that stops the run if that was asked, and otherwise passes events on."""
+
+        def hear(event: Event) -> None:
+            if self._asked:
+                raise KeyboardInterrupt
+            listen(event)
+
+        return hear
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt at SIGINT and SIGTERM; what was ignored (`nohup`, background jobs) stays ignored."""
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._ask) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self._asked = True
+        for other in _SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def resumable(run: Path) -> Iterator[None]:
+    """Say how to go on with a run that ended early. Raises: Interrupted, RoundFailed, StorageError."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not _begun(run):
+            raise Interrupted("stopped; nothing was written. Start again with the same command") from None
+        raise Interrupted(f"stopped; finished clients are kept. Go on with: {resume_command(run)}") from None
+    except (RoundFailed, StorageError) as error:
+        if not _begun(run):
+            raise
+        raise type(error)(f"{error}. Go on with: {resume_command(run)}") from error
+
+
+def resume_command(run: Path) -> str:
+    """Return the command that goes on with a run."""
+    return f"emberfed resume {shlex.quote(str(run))}"
+
+
+def _begun(run: Path) -> bool:
+    return (run / "config.yaml").is_file()

@@ -1,0 +1,1 @@
+"""Data: loading, one schema, partitions over clients, and tokenised shards."""

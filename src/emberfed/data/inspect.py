@@ -1,0 +1,76 @@
+"""What each client holds: sizes, labels, skew, target tokens. The table that `emberfed data inspect` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+from emberfed.data.loading import Corpus, LoadReport
+from emberfed.data.partition import Partition
+from emberfed.data.tokenise import Shard, ShardReport
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ClientData:
+    """One client's data.
+
+    Attributes:
+        client: Its id.
+        report: What tokenising kept and cut.
+        labels: Examples by category.
+        skew: Total variation distance between the client's labels and everybody's, 0 (the same) to 1 (disjoint).
+    """
+
+    client: str
+    report: ShardReport
+    labels: Mapping[str, int]
+    skew: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All clients' data, and what loading did."""
+
+    load: LoadReport
+    clients: tuple[ClientData, ...]
+
+    def clients_json(self) -> dict[str, Any]:
+        """Return each client's figures by id."""
+        return {
+            data.client: {**data.report.json(), "labels": dict(data.labels), "skew": data.skew} for data in self.clients
+        }
+
+    def totals_json(self) -> dict[str, Any]:
+        """Return what loading and tokenising did over all clients."""
+        sums = {
+            name: sum(asdict(data.report)[name] for data in self.clients)
+            for name in ("target_tokens", "truncated_prompts", "truncated_responses", "without_target")
+        }
+        return {**self.load.json(), **sums}
+
+    def json(self) -> dict[str, Any]:
+        """Return all of it."""
+        return {"totals": self.totals_json(), "clients": self.clients_json()}
+
+
+def inspect(corpus: Corpus, divided: Partition, shards: Mapping[str, Shard]) -> Inspection:
+    """Describe a partition."""
+    everybody = Counter(corpus.train["category"])
+    categories = corpus.train["category"]
+    clients = []
+    for client, rows in divided.rows.items():
+        labels = Counter(categories[row] for row in rows)
+        named = {label: labels[label] for label in sorted(everybody) if labels[label]}
+        clients.append(ClientData(client, shards[client].report, named, total_variation(labels, everybody)))
+    return Inspection(corpus.report, tuple(clients))
+
+
+def total_variation(one: Mapping[str, int], other: Mapping[str, int]) -> float:
+    """Return half the L1 distance between two histograms, each divided by its sum."""
+    size, other_size = sum(one.values()), sum(other.values())
+    keys = sorted(set(one) | set(other))
+    return sum(abs(one.get(key, 0) / size - other.get(key, 0) / other_size) for key in keys) / 2

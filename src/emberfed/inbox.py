@@ -1,0 +1,106 @@
+"""One round's conversation with its clients: jobs out, replies in, each admitted upload on disk at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import final
+
+from emberfed import admission, events
+from emberfed.admission import Asked
+from emberfed.checkpoint import PartialRound
+from emberfed.clients import Client
+from emberfed.errors import RoundFailed
+from emberfed.method import Method
+from emberfed.records import ACTIVATION_COUNTS, Bundle, ClientFailed, Job, Json, Payload, Reply
+
+
+@final
+class Inbox:
+    """Collects a round's uploads; remembers who failed and who was refused, by name."""
+
+    def __init__(self, round: int, cohort: Sequence[Client], partial: PartialRound, listen: events.Listener) -> None:
+        """Open the round's inbox; uploads kept before an interruption count as received."""
+        self.failed: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
+        self._round = round
+        self._cohort = {client.id: client for client in cohort}
+        self._partial = partial
+        self._listen = listen
+        self._records = {id_: record for id_, record in partial.kept().items() if id_ in self._cohort}
+        self._asked: dict[str, Asked] = {}
+        self._bytes_down: dict[str, int] = {}
+
+    @property
+    def waiting(self) -> list[Client]:
+        """Clients that still have to train."""
+        return [client for id_, client in self._cohort.items() if id_ not in self._records]
+
+    def jobs(self, method: Method, state: Bundle) -> Iterator[Job]:
+        """Yield the jobs of the clients that still have to train, one download at a time."""
+        for client in self.waiting:
+            download = method.dispatch(state, client, self._round)
+            specs = method.expects(state, download)
+            data = download.to_bytes()
+            self._asked[client.id] = Asked(self._round, client.id, specs, download.content.meta.get("top_k"))
+            self._bytes_down[client.id] = len(data)
+            yield Job(self._round, client.id, data)
+
+    def receive(self, reply: Reply | ClientFailed) -> None:
+        """Take a reply: keep it, refuse it by name, or note the failure.
+
+        A client that sent anything inadmissible is quarantined for the round: what else it sent does not count.
+        """
+        if isinstance(reply, ClientFailed):
+            self.failed[reply.client] = reply.reason
+            problem: str | None = f"failed: {reply.reason}"
+            sender = reply.client
+        else:
+            answered = set(self._records) | set(self.refused)
+            sender, problem = admission.problem_of(reply, self._asked, answered)
+            if problem is None:
+                self._keep(reply)
+            else:
+                self.refused[sender] = problem
+                if self._records.pop(sender, None) is not None:
+                    self._partial.discard(sender)
+                problem = f"refused: {problem}"
+        self._listen(events.ClientDone(self._round, sender, problem))
+
+    def close(self, min_replies: int) -> list[Payload]:
+        """Return the admitted uploads sorted by client id.
+
+        Raises:
+            RoundFailed: if fewer than `min_replies` were admitted; it says what became of the others.
+        """
+        if len(self._records) < min_replies:
+            others = [f"{name} failed: {why}" for name, why in sorted(self.failed.items())]
+            others += [f"{name} refused: {why}" for name, why in sorted(self.refused.items())]
+            raise RoundFailed(
+                f"round {self._round}: {len(self._records)} of {len(self._cohort)} clients gave a usable upload, "
+                f"clients.min_replies is {min_replies} ({'; '.join(others)})"
+            )
+        return self._partial.uploads(sorted(self._records))
+
+    @property
+    def records(self) -> list[dict[str, Json]]:
+        """Lines for clients.jsonl, sorted by client id."""
+        return [self._records[name] for name in sorted(self._records)]
+
+    def _keep(self, reply: Reply) -> None:
+        payload = Payload.from_bytes(reply.upload)
+        client, content = self._cohort[reply.client], payload.content
+        counts = content.tensors.get(ACTIVATION_COUNTS)
+        record: dict[str, Json] = {
+            **content.meta["stats"],
+            "round": self._round,
+            "client": client.id,
+            "tier": client.budget.tier,
+            "top_k": client.budget.top_k,
+            "examples": content.meta["examples"],
+            "bytes_down": self._bytes_down[client.id],
+            "bytes_up": len(reply.upload),
+            **reply.measured,
+            "activation_counts": None if counts is None else counts.tolist(),
+        }
+        self._partial.keep(client.id, reply.upload, record)
+        self._records[client.id] = record

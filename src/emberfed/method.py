@@ -1,0 +1,87 @@
+"""The interface of a federated fine-tuning method, and the registry that finds them by file name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from emberfed import plugins
+from emberfed.clients import Budget, Client
+from emberfed.data.tokenise import Shard
+from emberfed.models.sparse_model import SparseModel
+from emberfed.records import Bundle, FitResult, Payload, TensorSpec
+from emberfed.sections import Section
+from emberfed.seeds import Seeds
+from emberfed.training import Trainer
+
+
+class Method(ABC):
+    """One federated fine-tuning method. Concrete methods are final, one per file, and never import each other.
+
+    The server calls `init`, `dispatch`, `expects`, `aggregate`; a client calls `fit`; whoever wants to run the
+    global model calls `deploy`. None of them may change its inputs, and `fit` and `deploy` leave the model as found.
+
+    Attributes:
+        title: The method's name as its paper writes it.
+        paper: Where it is published.
+        Config: The options of the `method` section.
+        AdapterConfig: The options of the `adapter` section.
+    """
+
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    Config: ClassVar[type[Section]]
+    AdapterConfig: ClassVar[type[Section]]
+
+    def __init__(self, config: Any, adapter: Any, trainer: Trainer) -> None:
+        """Take the checked sections, instances of `Config` and `AdapterConfig`, and the local training loop."""
+        self.config = config
+        self.adapter = adapter
+        self.trainer = trainer
+
+    @abstractmethod
+    def init(self, model: SparseModel, seeds: Seeds) -> Bundle:
+        """Return the server's state before round 1."""
+
+    @abstractmethod
+    def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:
+        """Return what the server sends to `client` in `round` (counted from 1)."""
+
+    @abstractmethod
+    def expects(self, state: Bundle, download: Payload) -> Mapping[str, TensorSpec]:
+        """Return every tensor that the answer to `download` must hold; anything else is refused."""
+
+    @abstractmethod
+    def fit(
+        self, model: SparseModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
+    ) -> FitResult:
+        """Train on the client's shard. `memory` is what the client kept from its last round; `seeds` is its address.
+
+        The upload's meta must hold `examples` (its weight, > 0), `top_k` and `stats` (JSON, for `clients.jsonl`).
+
+        Raises: ClientError if training cannot go on.
+        """
+
+    @abstractmethod
+    def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
+        """Return the next state from admitted uploads, sorted by client id and never empty. Pure."""
+
+    @abstractmethod
+    def deploy(self, state: Bundle, model: SparseModel, budget: Budget) -> AbstractContextManager[SparseModel]:
+        """Give the global model as a device of that budget would run it; on exit the model is as found."""
+
+    @abstractmethod
+    def export(self, state: Bundle, model: SparseModel) -> Mapping[str, bytes]:
+        """Return the files, by name, that let other programs open this state's adapter (PEFT's, where it can)."""
+
+
+def method_names() -> list[str]:
+    """Return the names that `load_method` takes."""
+    return plugins.names("emberfed.methods")
+
+
+def load_method(name: str) -> type[Method]:
+    """Return the method of that name. Raises: ConfigError listing what exists if it is unknown."""
+    return plugins.load("emberfed.methods", name, Method)  # type: ignore[type-abstract]

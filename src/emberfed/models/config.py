@@ -1,0 +1,25 @@
+"""The configuration section `model`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from emberfed.sections import Section
+
+
+class ModelConfig(Section):
+    """Which model to fine-tune and how to hold it.
+
+    Attributes:
+        path: A hub id, a local folder, or `builtin` for the small model that comes with the package.
+        revision: Branch, tag or commit of a hub id; None is its default branch.
+        tokenizer: Hub id or folder of the tokenizer; None is `path`.
+        dtype: Number format of the frozen base; `auto` is the checkpoint's own. Adapters are float32 always.
+        device: `auto` is the first CUDA device where there is one, else the CPU.
+    """
+
+    path: str = "builtin"
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,0 +1,93 @@
+"""From `model` in the configuration to a `SparseModel` and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from emberfed import builtin
+from emberfed.errors import ModelError
+from emberfed.models.config import ModelConfig
+from emberfed.models.families import family_of
+from emberfed.models.sparse_model import SparseModel
+
+
+def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
+    """Load the model, frozen, and its tokenizer. A local folder is read without any network.
+
+    Raises: ModelError if either cannot be found or read, if weights are missing, or if the model has no experts.
+    """
+    path = model_path(config)
+    device = _device(config.device)
+    with _reading(path, "model"), _quietly():
+        where = {"local_files_only": Path(path).is_dir(), "revision": config.revision}
+        family_of(AutoConfig.from_pretrained(path, **where))  # before gigabytes of weights are read
+        lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, output_loading_info=True, **where)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"model {path}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]!r}")
+    return SparseModel(lm.to(device)), load_tokenizer(config)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer. Raises: ModelError if it cannot be found or read."""
+    path = model_path(config) if config.tokenizer is None else config.tokenizer
+    revision = config.revision if config.tokenizer is None else None
+    with _reading(path, "tokenizer"), _quietly():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=Path(path).is_dir(), revision=revision
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
+        raise ModelError(f"tokenizer {path} has no tokens; give a folder with tokenizer.json, or set model.tokenizer")
+    return tokenizer
+
+
+def model_path(config: ModelConfig) -> str:
+    """Return where the model is read from, `builtin` resolved to its folder in the package."""
+    if config.path != "builtin":
+        return config.path
+    return str(builtin.model_path())
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device is 'cuda' but torch finds no CUDA device here; set model.device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def _reading(path: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder or hub id it cannot read into one line."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()):
+        raise ModelError(f"{what} folder {path} does not exist; give a local folder, a hub id or 'builtin'")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{what} {path} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence the progress bars and warnings of loading, then restore the libraries' settings."""
+    log: Any = transformers.utils.logging
+    hub_log: Any = huggingface_hub.utils.logging
+    verbosity, hub_verbosity, bars = log.get_verbosity(), hub_log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    hub_log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        hub_log.set_verbosity(hub_verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,279 @@
+"""The page's tables. Every number in them is one the run folder holds, or a plain sum or ratio of such."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from emberfed.report import numbers
+from emberfed.report.markup import Html, table
+from emberfed.report.reading import ClientRound, Evaluation, RunFolder
+from emberfed.report.views import (
+    TierView,
+    clients_at,
+    evaluated_tiers,
+    evaluations_at,
+    largest,
+    mean,
+    natural_order,
+    ratio,
+    run_labels,
+    tiers_of,
+    total,
+)
+
+_MOST_ROUNDS = 12
+_METRICS: Mapping[str, Callable[[Evaluation], float]] = {
+    "ROUGE-L": lambda line: line.rouge_l,
+    "Loss": lambda line: line.loss,
+    "Perplexity": lambda line: line.perplexity,
+}
+
+
+def quality(run: RunFolder) -> Html:
+    """Every metric by tier after every round, and its change from the first evaluation to the last."""
+    tiers = evaluated_tiers(run)
+    rounds = sorted({line.round for tier in tiers for line in evaluations_at(run, tier)})
+    shown, note = _some(rounds)
+    headers = ["Metric", "Tier", *(_after(number) for number in shown), "Change", "Examples"]
+    rows = [
+        [metric, tier.label, *_over_rounds(evaluations_at(run, tier), shown, value)]
+        for metric, value in _METRICS.items()
+        for tier in tiers
+    ]
+    return table(f"Quality of the global model by tier and round{note}", headers, rows, words=2)
+
+
+def _over_rounds(
+    lines: Sequence[Evaluation], rounds: Sequence[int], value: Callable[[Evaluation], float]
+) -> Iterator[str]:
+    values = {line.round: value(line) for line in lines}
+    yield from (numbers.score(values.get(number, math.nan)) for number in rounds)
+    yield numbers.change(value(lines[0]), value(lines[-1])) if len(lines) > 1 else numbers.MISSING
+    yield numbers.count(lines[-1].examples)
+
+
+def _some(rounds: Sequence[int]) -> tuple[Sequence[int], str]:
+    """Return the rounds a table has room for, always with the first and the last, and a note if some are left out."""
+    step = -(-len(rounds) // _MOST_ROUNDS)
+    if step <= 1:
+        return rounds, ""
+    return sorted({*rounds[::step], rounds[-1]}), f" (one evaluation in {step}, and the last)"
+
+
+def _after(number: int) -> str:
+    return "Before training" if number == 0 else f"Round {number}"
+
+
+def categories(run: RunFolder) -> Html:
+    """ROUGE-L by category, first to last evaluation, a column per tier."""
+    ends = {tier: _first_and_last(run, tier) for tier in evaluated_tiers(run)}
+    ends = {tier: pair for tier, pair in ends.items() if pair}
+    names = sorted({name for pair in ends.values() for line in pair for name in line.categories}, key=natural_order)
+    headers = ["Category", "Examples", *(tier.label for tier in ends)]
+    rows = []
+    for name in names:
+        known = [line.categories[name].examples for pair in ends.values() for line in pair if name in line.categories]
+        rows.append([name, numbers.count(known[-1]), *(_from_to(name, *pair) for pair in ends.values())])
+    return table("ROUGE-L by category, from the first evaluation to the last", headers, rows)
+
+
+def _first_and_last(run: RunFolder, tier: TierView) -> tuple[Evaluation, ...]:
+    lines = [line for line in evaluations_at(run, tier) if line.categories]
+    return (lines[0], lines[-1]) if lines else ()
+
+
+def _from_to(name: str, first: Evaluation, last: Evaluation) -> str:
+    before, after = (
+        numbers.score(line.categories[name].rouge_l) if name in line.categories else numbers.MISSING
+        for line in (first, last)
+    )
+    return f"{before} → {after}"
+
+
+def rounds(run: RunFolder) -> Html:
+    """What every round cost, and a last row with the whole run."""
+    headers = ["Round", "Time", "Training", "Evaluation", "Everything else", "Computation", "Received by clients"]
+    headers += ["Sent by clients", "Peak memory", "Replied", "Failed", "Refused", "Experts trained", "Training loss"]
+    rows = [
+        [
+            f"{line.round}",
+            *map(numbers.seconds, (line.seconds, line.training_seconds, line.evaluation_seconds)),
+            _overhead(line.overhead_seconds, line.seconds),
+            numbers.flops(line.flops),
+            *map(numbers.byte_size, (line.bytes_down, line.bytes_up, line.peak_memory_bytes)),
+            numbers.count(None if line.replied is None else len(line.replied)),
+            *map(numbers.count, (len(line.failed), len(line.refused))),
+            numbers.share(line.share_of_experts_trained),
+            numbers.score(line.train_loss),
+        ]
+        for line in run.rounds
+    ]
+    rows.append(_whole_run(run))
+    return table("Costs by round", headers, rows)
+
+
+def _whole_run(run: RunFolder) -> list[str]:
+    lines = run.rounds
+    seconds = total(line.seconds for line in lines)
+    return [
+        "Whole run",
+        *map(numbers.seconds, (seconds, total(line.training_seconds for line in lines))),
+        numbers.seconds(total(line.evaluation_seconds for line in lines)),
+        _overhead(total(line.overhead_seconds for line in lines), seconds),
+        numbers.flops(total(line.flops for line in lines)),
+        numbers.byte_size(total(line.bytes_down for line in lines)),
+        numbers.byte_size(total(line.bytes_up for line in lines)),
+        numbers.byte_size(largest(line.peak_memory_bytes for line in lines)),
+        numbers.count(sum(len(line.replied or ()) for line in lines)),
+        numbers.count(sum(len(line.failed) for line in lines)),
+        numbers.count(sum(len(line.refused) for line in lines)),
+        "",
+        "",
+    ]
+
+
+def _overhead(seconds: float, whole: float) -> str:
+    return f"{numbers.seconds(seconds)} ({numbers.share(ratio(seconds, whole))})"
+
+
+def tier_costs(run: RunFolder) -> Html:
+    """What one client of each tier costs in one round, on average."""
+    headers = ["Tier", "Clients", "Replies", "Examples", "Tokens", "Time", "Computation", "Computation per token"]
+    headers += ["Received", "Sent", "Peak memory (largest)", "Experts touched", "Loss, first step to last"]
+    rows = [_tier_row(tier, lines) for tier in tiers_of(run) if (lines := clients_at(run, tier))]
+    return table("Costs of one client in one round, mean by tier", headers, rows)
+
+
+def _tier_row(tier: TierView, lines: Sequence[ClientRound]) -> list[str]:
+    first, last = mean(line.loss_first for line in lines), mean(line.loss_last for line in lines)
+    return [
+        tier.label,
+        numbers.count(len({line.client for line in lines})),
+        numbers.count(len(lines)),
+        numbers.count(mean(line.examples for line in lines if line.examples is not None)),
+        numbers.count(mean(line.tokens for line in lines)),
+        numbers.seconds(mean(line.seconds for line in lines)),
+        numbers.flops(mean(line.flops for line in lines)),
+        numbers.flops(ratio(total(line.flops for line in lines), total(line.tokens for line in lines))),
+        numbers.byte_size(mean(line.bytes_down for line in lines)),
+        numbers.byte_size(mean(line.bytes_up for line in lines)),
+        numbers.byte_size(largest(line.peak_memory_bytes for line in lines)),
+        numbers.share(mean(line.share_of_experts_touched for line in lines)),
+        f"{numbers.score(first)} → {numbers.score(last)}",
+    ]
+
+
+def clients(run: RunFolder, number: int) -> Html:
+    """Every client's work in one round."""
+    headers = [
+        "Client",
+        "Tier",
+        "Examples",
+        "Steps",
+        "Tokens",
+        "Target tokens",
+        "Loss, first step to last",
+        "Mean loss",
+    ]
+    headers += ["Time", "Computation", "Received", "Sent", "Peak memory", "Experts touched"]
+    rows = [
+        [
+            line.client,
+            tier.label,
+            *map(numbers.count, (line.examples, line.steps, line.tokens, line.target_tokens)),
+            f"{numbers.score(line.loss_first)} → {numbers.score(line.loss_last)}",
+            numbers.score(line.loss_mean),
+            numbers.seconds(line.seconds),
+            numbers.flops(line.flops),
+            *map(numbers.byte_size, (line.bytes_down, line.bytes_up, line.peak_memory_bytes)),
+            numbers.share(line.share_of_experts_touched),
+        ]
+        for tier in tiers_of(run)
+        for line in clients_at(run, tier)
+        if line.round == number
+    ]
+    return table(f"Clients in round {number}", headers, rows, words=2)
+
+
+def partition(run: RunFolder) -> Html:
+    """Every client's examples, target tokens and labels."""
+    shards = run.partition.clients
+    labels = sorted({label for shard in shards.values() for label in shard.labels}, key=natural_order)
+    rows = [
+        [
+            name,
+            numbers.count(shards[name].examples),
+            numbers.count(shards[name].target_tokens),
+            *(numbers.count(shards[name].labels.get(label, 0)) for label in labels),
+        ]
+        for name in sorted(shards, key=natural_order)
+    ]
+    return table("Examples of each client by label", ["Client", "Examples", "Target tokens", *labels], rows)
+
+
+def losses_of_clients(run: RunFolder) -> Html:
+    """Who failed or was refused, in which round and why."""
+    rows = [
+        [f"{line.round}", what, client, reason]
+        for line in run.rounds
+        for what, reasons in (("failed", line.failed), ("refused", line.refused))
+        for client, reason in sorted(reasons.items(), key=lambda item: natural_order(item[0]))
+    ]
+    return table("Clients whose work was not used", ["Round", "What", "Client", "Why"], rows, words=4)
+
+
+def events(run: RunFolder, most: int) -> Html:
+    """The last `most` events of the run's own log."""
+    rows = [[line.time or numbers.MISSING, line.level, line.message] for line in run.events[-most:]]
+    return table("Events", ["Time", "Level", "Message"], rows, words=3)
+
+
+def comparison(runs: Sequence[RunFolder]) -> Html:
+    """One row per run: what ran, where quality ended at each tier, and what it cost."""
+    tiers = sorted({(tier.top_k, tier.name or "") for run in runs for tier in evaluated_tiers(run)})
+    labels = [TierView(name or None, top_k, 0).label for top_k, name in tiers]
+    headers = ["Run", "Method", "Seed", "Rounds", *(f"ROUGE-L, {label}" for label in labels)]
+    headers += ["Computation", "Received by clients", "Sent by clients", "Time"]
+    rows = [
+        [
+            label,
+            run.info.method.title or run.info.method.name,
+            numbers.MISSING if run.info.seed is None else f"{run.info.seed}",
+            numbers.count(len(run.rounds)),
+            *(_last_quality(run, top_k, name) for top_k, name in tiers),
+            numbers.flops(total(line.flops for line in run.rounds)),
+            numbers.byte_size(total(line.bytes_down for line in run.rounds)),
+            numbers.byte_size(total(line.bytes_up for line in run.rounds)),
+            numbers.seconds(total(line.seconds for line in run.rounds)),
+        ]
+        for label, run in zip(run_labels(runs), runs, strict=True)
+    ]
+    return table("Runs side by side: last ROUGE-L and its change", headers, rows, words=2)
+
+
+def _last_quality(run: RunFolder, top_k: int, name: str) -> str:
+    for tier in evaluated_tiers(run):
+        if (tier.top_k, tier.name or "") == (top_k, name):
+            lines = evaluations_at(run, tier)
+            last = numbers.score(lines[-1].rouge_l)
+            return f"{last} ({numbers.change(lines[0].rouge_l, lines[-1].rouge_l)})" if len(lines) > 1 else last
+    return numbers.MISSING
+
+
+def settings(caption: str, values: Mapping[str, Any]) -> Html:
+    """Nested settings as rows of dotted keys."""
+    return table(caption, ["Key", "Value"], [[key, value] for key, value in _flat("", values)], words=2)
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(f"{prefix}{key}.", value)
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            rows.append((f"{prefix}{key}", text))
+    return rows

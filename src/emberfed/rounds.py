@@ -1,0 +1,175 @@
+"""The main loop. Everything a round is, in the order of time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from transformers import PreTrainedTokenizerBase
+
+from emberfed import clients, costs, events
+from emberfed.checkpoint import RunFolder
+from emberfed.clients import Budget, Client, ClientsConfig
+from emberfed.data.tokenise import Shard
+from emberfed.engine import Engine
+from emberfed.evaluation import EvaluationConfig, evaluate
+from emberfed.inbox import Inbox
+from emberfed.method import Method
+from emberfed.models.sparse_model import SparseModel
+from emberfed.records import Bundle, Json
+from emberfed.seeds import Seeds
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Federation:
+    """All that the loop works with; `assembly.assemble` makes one from a config."""
+
+    rounds: int
+    seeds: Seeds
+    method: Method
+    engine: Engine
+    model: SparseModel
+    tokenizer: PreTrainedTokenizerBase
+    clients: tuple[Client, ...]
+    participation: ClientsConfig
+    budgets: tuple[Budget, ...]
+    test: Shard
+    evaluation: EvaluationConfig
+    keep_uploads: bool
+
+
+def run(federation: Federation, folder: RunFolder, listen: events.Listener = events.ignore) -> Bundle:
+    """Run the rounds that `folder` does not hold yet and return the last state.
+
+    Raises:
+        RoundFailed: if too few clients gave a usable upload. StorageError: if the disk is full. The run stays
+            resumable after either, and after a kill at any moment: the same bits come out.
+    """
+    method, model = federation.method, federation.model
+    done, state = _start(federation, folder, listen)
+    for round in range(done + 1, federation.rounds + 1):
+        started = time.perf_counter()
+        cohort = clients.cohort(federation.clients, federation.participation, round, federation.seeds)
+        inbox = Inbox(round, cohort, folder.partial(round), _logged(folder, listen))
+        resumed_seconds = _seconds(inbox.records)
+        listen(events.RoundStarted(round, federation.rounds, len(inbox.waiting)))
+        for reply in federation.engine.map(inbox.jobs(method, state)):
+            inbox.receive(reply)
+        uploads = inbox.close(federation.participation.min_replies)
+        state = method.aggregate(state, uploads)
+        evaluations = evaluate_tiers(federation, state, round, listen) if _due(federation, round) else []
+        exported = method.export(state, model)
+        summary = _summary(round, inbox, evaluations, time.perf_counter() - started + resumed_seconds)
+        folder.commit(round, state, exported, [*evaluations, summary], inbox.records)
+        if not federation.keep_uploads:
+            folder.drop_uploads(round)
+        listen(events.RoundDone(round, _quality(evaluations), summary["seconds"]))
+    folder.finish(max(done, federation.rounds))
+    return state
+
+
+def evaluate_tiers(
+    federation: Federation, state: Bundle, round: int, listen: events.Listener = events.ignore
+) -> list[dict[str, Json]]:
+    """Evaluate the global model as each budget would run it; one line for metrics.jsonl per budget."""
+    lines: list[dict[str, Json]] = []
+    for budget in federation.budgets:
+        started = time.perf_counter()
+
+        def progress(done: int, total: int, tier: str = budget.tier) -> None:
+            listen(events.EvaluationProgress(round, tier, done, total))
+
+        with (
+            costs.measuring(federation.model.device) as peak,
+            federation.method.deploy(state, federation.model, budget) as model,
+        ):
+            scores, _ = evaluate(model, federation.tokenizer, federation.test, federation.evaluation, progress)
+        lines.append(
+            {
+                "round": round,
+                "event": "evaluation",
+                "tier": budget.tier,
+                "top_k": budget.top_k,
+                **scores.json(),
+                "seconds": time.perf_counter() - started,
+                "peak_memory_bytes": peak.bytes,
+            }
+        )
+    return lines
+
+
+def _start(federation: Federation, folder: RunFolder, listen: events.Listener) -> tuple[int, Bundle]:
+    """Return the newest whole round and its state; round 0 is the state before training, evaluated."""
+    found = folder.latest()
+    if found is not None:
+        done, state, problems = found
+        for problem in problems:
+            _logged(folder, listen)(events.Notice("warning", f"{problem}; going on from round {done}"))
+        return done, state
+    listen(events.RoundStarted(0, federation.rounds, 0))
+    started = time.perf_counter()
+    state = federation.method.init(federation.model, federation.seeds.at(purpose="init"))
+    evaluations = evaluate_tiers(federation, state, 0, listen)
+    folder.commit(0, state, federation.method.export(state, federation.model), evaluations, [])
+    listen(events.RoundDone(0, _quality(evaluations), time.perf_counter() - started))
+    return 0, state
+
+
+def _due(federation: Federation, round: int) -> bool:
+    every = federation.evaluation.every
+    return round == federation.rounds or (every > 0 and round % every == 0)
+
+
+def _logged(folder: RunFolder, listen: events.Listener) -> events.Listener:
+    """Pass events on, and keep those that tell of trouble in events.jsonl."""
+
+    def hear(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            folder.log(event.level, event.message)
+        if isinstance(event, events.ClientDone) and event.problem is not None:
+            folder.log("warning", f"round {event.round}: client {event.client} {event.problem}")
+        listen(event)
+
+    return hear
+
+
+def _summary(round: int, inbox: Inbox, evaluations: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Json]:
+    """Return the round's line for metrics.jsonl: counted work and bytes, measured seconds and memory."""
+    records = inbox.records
+    training, evaluation = _seconds(records), _seconds(evaluations)
+    examples = sum(record["examples"] for record in records)
+    touched: set[tuple[int, int]] = set()
+    experts = 0
+    for record in records:
+        for layer, counts in enumerate(record["activation_counts"] or []):
+            touched.update((layer, expert) for expert, count in enumerate(counts) if count)
+        experts = max(experts, sum(len(counts) for counts in record["activation_counts"] or []))
+    return {
+        "round": round,
+        "event": "round",
+        "seconds": seconds,
+        "training_seconds": training,
+        "evaluation_seconds": evaluation,
+        "overhead_seconds": seconds - training - evaluation,
+        "bytes_down": sum(record["bytes_down"] for record in records),
+        "bytes_up": sum(record["bytes_up"] for record in records),
+        "flops": sum(record["flops"] for record in records),
+        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in [*records, *evaluations]),
+        "train_loss": math.fsum(record["loss_mean"] * record["examples"] for record in records) / examples,
+        "replied": [record["client"] for record in records],
+        "failed": dict(sorted(inbox.failed.items())),
+        "refused": dict(sorted(inbox.refused.items())),
+        "share_of_experts_trained": len(touched) / experts if experts else None,
+    }
+
+
+def _seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    return math.fsum(line["seconds"] for line in lines)
+
+
+def _quality(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {line["tier"]: line["rouge_l"] for line in evaluations}

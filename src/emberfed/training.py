@@ -1,0 +1,254 @@
+"""Local training: our own loop, so that work can be counted, budgeted and repeated exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from emberfed import costs, events
+from emberfed.data.tokenise import IGNORED, Batch, Shard, collate
+from emberfed.errors import ClientError
+from emberfed.models.groups import TrainableGroups
+from emberfed.models.lora import Adapter
+from emberfed.models.sparse_model import SparseModel
+from emberfed.records import Json
+from emberfed.sections import Section
+from emberfed.seeds import Seeds
+
+
+class TrainingConfig(Section):
+    """How many rounds, and how a client trains in each.
+
+    Attributes:
+        rounds: Rounds of the whole run.
+        local_epochs: Passes over the client's shard per round.
+        max_steps: Optimiser steps per client and round at most; null: no limit.
+        batch_size: Examples per optimiser step.
+        micro_batch_size: Examples per forward pass; gradients are accumulated over a batch. null: the whole batch.
+        learning_rate: Peak learning rate of a round.
+        round_decay: The learning rate of round t is multiplied by round_decay^(t-1). (A schedule over all rounds would
+            make `run` 2 rounds + `resume` 2 differ from `run` 4.)
+        optimizer: `adam` or `adamw`; fresh in every round.
+        betas, epsilon, weight_decay: Its constants. Weight decay needs `adamw`.
+        schedule: Learning rate within a client's round, after warm-up.
+        warmup_steps: Steps of linear warm-up at the start of each client's round.
+        max_grad_norm: Gradients are clipped to this norm over the whole adapter; null: not clipped.
+        router_aux_loss_coef: Weight of the model's own load-balancing loss; only a trained router feels it.
+        precision: `auto` is bf16 autocast on CUDA devices that have it and the model's own dtype elsewhere.
+        gradient_checkpointing: Recompute layers backward: less memory, about a third more time.
+    """
+
+    rounds: int = Field(2, ge=1)
+    local_epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(16, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    learning_rate: float = Field(1.5e-4, gt=0)
+    round_decay: float = Field(1.0, gt=0, le=1)
+    optimizer: Literal["adam", "adamw"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    precision: Literal["auto", "model", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must both lie in [0, 1)")
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError("weight_decay needs optimizer: adamw (plain adam would fold it into the gradient)")
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+        return self
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class FitStats:
+    """What one client's training did.
+
+    Attributes:
+        steps: Optimiser steps.
+        tokens: Tokens trained on, padding excluded (n_c of the papers).
+        target_tokens: Tokens that carried loss.
+        losses: Mean response loss of each step, in nats per token.
+        counts_LE: int64 (layers, experts), (token, slot) assignments without padding.
+        flops: Forward and backward matrix products.
+    """
+
+    steps: int
+    tokens: int
+    target_tokens: int
+    losses: tuple[float, ...]
+    counts_LE: Tensor
+    flops: int
+
+    def json(self) -> dict[str, Json]:
+        """Return what `clients.jsonl` keeps; loss curves are thinned to at most 50 points."""
+        stride = math.ceil(len(self.losses) / 50)
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "target_tokens": self.target_tokens,
+            "loss_first": self.losses[0],
+            "loss_last": self.losses[-1],
+            "loss_mean": math.fsum(self.losses) / len(self.losses),
+            "losses": [[step + 1, loss] for step, loss in enumerate(self.losses) if step % stride == 0],
+            "flops": self.flops,
+            "share_of_experts_touched": float((self.counts_LE > 0).double().mean()),
+        }
+
+
+def learning_rate(config: TrainingConfig, round: int, step: int, steps: int) -> float:
+    """Return the learning rate of step `step` (from 0) of `steps` in round `round` (from 1)."""
+    peak = config.learning_rate * config.round_decay ** (round - 1)
+    if step < config.warmup_steps:
+        return peak * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return peak
+    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    return peak * (1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def step_count(config: TrainingConfig, examples: int) -> int:
+    """Return the optimiser steps of one client's round with that many examples."""
+    steps = config.local_epochs * math.ceil(examples / config.batch_size)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def response_loss(model: SparseModel, batch: Batch, router_aux_loss_coef: float = 0.0) -> tuple[Tensor, Tensor, int]:
+    """Return the summed cross-entropy of the response tokens, the auxiliary loss, and how many logits were computed.
+
+    Logits are formed only at positions where some sequence of the batch has a target: with large vocabularies they
+    would otherwise be the largest tensor of all.
+    """
+    positions = (batch.labels[:, 1:] != IGNORED).any(dim=0).nonzero()[:, 0]
+    output = model.lm(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        logits_to_keep=positions,
+        use_cache=False,
+        output_router_logits=router_aux_loss_coef > 0,
+    )
+    targets = batch.labels[:, positions + 1]
+    logits = output.logits.float()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    auxiliary = router_aux_loss_coef * output.aux_loss if router_aux_loss_coef > 0 else torch.zeros_like(loss)
+    return loss, auxiliary, targets.numel()
+
+
+@final
+class Trainer:
+    """The local training loop with its options; methods hold one and call `train`."""
+
+    def __init__(self, config: TrainingConfig, listen: events.Listener = events.ignore) -> None:
+        self.config = config
+        self._listen = listen
+
+    def train(
+        self, model: SparseModel, adapter: Adapter, shard: Shard, client: str, round: int, seeds: Seeds
+    ) -> FitStats:
+        """Train the adapter, attached to `model`, on the shard.
+
+        The order of examples is drawn from `seeds` (purposes `order 0`, `order 1`, ... by local epoch). Experts that
+        no token reached in a step keep their bits: no gradient, momentum or weight decay.
+
+        Raises:
+            ClientError: if a loss or gradient is not finite; it names the step.
+        """
+        config = self.config
+        steps = step_count(config, len(shard.examples))
+        groups = adapter.trainable_groups()
+        optimizer = self._optimizer(groups)
+        losses: list[float] = []
+        tokens = target_tokens = 0
+        work: costs.Work | None = None
+        with _checkpointing(model, config), model.count_activations() as counter:
+            for step, batch in zip(range(steps), self._batches(shard, seeds), strict=False):
+                targets = sum(int((micro.labels[:, 1:] != IGNORED).sum()) for micro in batch)
+                step_loss = 0.0
+                at = f"step {step + 1} of {steps}"
+                for micro in batch:
+                    micro = micro.to(model.device)
+                    with _autocast(model, config):
+                        loss, auxiliary, head_tokens = response_loss(model, micro, config.router_aux_loss_coef)
+                    step_loss += _finite(loss, "loss", at)
+                    (loss / targets + auxiliary / len(batch)).backward()  # type: ignore[no-untyped-call]
+                    tokens += int(micro.attention_mask.sum())
+                    done = _work(micro, model.top_k, head_tokens)
+                    work = done if work is None else work + done
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, round, step, steps)
+                self._step(adapter, groups, optimizer, counter.take() > 0, at)
+                target_tokens += targets
+                losses.append(step_loss / targets)
+                self._listen(events.Step(client, step + 1, steps, losses[-1]))
+            counts_LE = counter.counts.clone()
+        assert work is not None, "a shard has at least one example"
+        flops = costs.training_flops(model.shape, work, adapter.parameters)
+        return FitStats(steps, tokens, target_tokens, tuple(losses), counts_LE, flops)
+
+    def _batches(self, shard: Shard, seeds: Seeds) -> Iterator[list[Batch]]:
+        """Yield the micro batches of each optimiser step."""
+        size = self.config.batch_size
+        micro = self.config.micro_batch_size or size
+        for epoch in range(self.config.local_epochs):
+            for examples in shard.batches(size, seeds.torch(f"order {epoch}")):
+                parts = [examples[start : start + micro] for start in range(0, len(examples), micro)]
+                yield [collate(part, shard.pad_token_id) for part in parts]
+
+    def _optimizer(self, groups: TrainableGroups) -> Optimizer:
+        config = self.config
+        parameters = groups.parameters()
+        options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True, **options)
+        return torch.optim.Adam(parameters, fused=True, **options)
+
+    def _step(
+        self, adapter: Adapter, groups: TrainableGroups, optimizer: Optimizer, touched_LE: Tensor, at: str
+    ) -> None:
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters.values(), limit)
+        _finite(norm, "gradient norm", at)
+        groups.scatter_gradients(touched_LE)
+        optimizer.step()
+        groups.zero_grad()
+
+
+def _finite(value: Tensor, what: str, at: str) -> float:
+    number = value.item()
+    if not math.isfinite(number):
+        raise ClientError(f"{what} became {number} at {at}; lower training.learning_rate or set max_grad_norm")
+    return number
+
+
+def _work(batch: Batch, top_k: int, head_tokens: int) -> costs.Work:
+    sequences, length = batch.input_ids.shape
+    return costs.Work(sequences * length, sequences * length**2, top_k, head_tokens)
+
+
+def _autocast(model: SparseModel, config: TrainingConfig) -> AbstractContextManager[Any]:
+    has_bf16 = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if config.precision == "bfloat16" or (config.precision == "auto" and has_bf16):
+        return torch.autocast(model.device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def _checkpointing(model: SparseModel, config: TrainingConfig) -> AbstractContextManager[Any]:
+    # The model stays in eval mode: dropout would draw from the global random stream.
+    return model.gradient_checkpointing() if config.gradient_checkpointing else nullcontext()

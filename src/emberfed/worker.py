@@ -1,0 +1,88 @@
+"""What a client does with a job: the same code in every engine, one base model per process."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import final
+
+from emberfed import costs, storage
+from emberfed.clients import Client
+from emberfed.data.tokenise import Shard
+from emberfed.errors import EmberfedError, StorageError
+from emberfed.method import Method
+from emberfed.models.sparse_model import SparseModel
+from emberfed.records import Bundle, ClientFailed, Job, Payload, Reply
+from emberfed.seeds import Seeds
+
+
+@final
+class MemoryFolder:
+    """Each client's own memory, on its own disk, kept by round so that a repeated round starts from the same one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, client: str, before_round: int) -> Bundle:
+        """Return what the client kept from its latest round before `before_round`; empty if there is none."""
+        earlier = [path for path in (self._folder / client).glob("*.safetensors") if int(path.stem) < before_round]
+        return Bundle.from_bytes(max(earlier).read_bytes()) if earlier else Bundle()
+
+    def write(self, client: str, round: int, memory: Bundle) -> None:
+        """Keep the client's memory of a round; drop those that no repeat or fall-back can need any more."""
+        if not (memory.tensors or memory.meta):
+            return
+        storage.write(self._folder / client / f"{round:06d}.safetensors", memory.to_bytes())
+        for path in sorted((self._folder / client).glob("*.safetensors"))[:-3]:
+            path.unlink()
+
+
+@final
+class Worker:
+    """Runs jobs for the clients whose data it holds."""
+
+    def __init__(
+        self,
+        method: Method,
+        model: SparseModel,
+        clients: Mapping[str, Client],
+        shards: Callable[[str], Shard],
+        memory: MemoryFolder,
+        seeds: Seeds,
+    ) -> None:
+        """Take the method, the base model, clients by id, a function that gives a client's shard, and their memory."""
+        self._method = method
+        self._model = model
+        self._clients = clients
+        self._shards = shards
+        self._memory = memory
+        self._seeds = seeds
+
+    def answer(self, job: Job) -> Reply | ClientFailed:
+        """Run the job; whatever goes wrong on the client becomes a value, except a full disk, which stops the run."""
+        try:
+            return self.run(job)
+        except StorageError:
+            raise
+        except EmberfedError as error:
+            return ClientFailed(job.round, job.client, str(error))
+        except Exception as error:  # noqa: BLE001 - a client's bug must not end the federation
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            return ClientFailed(job.round, job.client, f"{type(error).__name__} at {where}: {error}")
+
+    def run(self, job: Job) -> Reply:
+        """Train one client for one round. Raises: ClientError, or whatever the method raises."""
+        started = time.perf_counter()
+        download = Payload.from_bytes(job.download)
+        client = self._clients[job.client]
+        seeds = self._seeds.at(round=job.round, client=job.client)
+        with costs.measuring(self._model.device) as peak:
+            memory = self._memory.read(client.id, job.round)
+            result = self._method.fit(self._model, download, client, self._shards(client.id), memory, seeds)
+            upload = Payload(job.round, client.id, result.upload).to_bytes()
+        self._memory.write(client.id, job.round, result.memory)
+        measured = {"seconds": time.perf_counter() - started, "peak_memory_bytes": float(peak.bytes)}
+        return Reply(job.round, client.id, upload, measured)

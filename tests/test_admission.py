@@ -1,0 +1,86 @@
+"""Every way an upload can be bad is refused, by name, with words that say why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from emberfed.admission import Asked, payload_problem, problem_of
+from emberfed.engines.flaky import Fault, spoil
+from emberfed.records import Bundle, Payload, Reply, TensorSpec
+
+SPECS = {
+    "a": TensorSpec((2, 3), torch.float32),
+    "b": TensorSpec((2, (1, 4)), torch.float32),
+    "counts": TensorSpec((2,), torch.int64),
+}
+ASKED = {"c1": Asked(3, "c1", SPECS, 2), "c2": Asked(3, "c2", SPECS, 1)}
+META: dict[str, Any] = {"examples": 5, "tokens": 40, "top_k": 2, "stats": {"loss_mean": 1.5, "flops": 10}}
+
+
+def payload(tensors: dict[str, torch.Tensor] | None = None, **meta: Any) -> Payload:
+    good = {"a": torch.ones(2, 3), "b": torch.zeros(2, 2), "counts": torch.tensor([0, 7])}
+    return Payload(3, "c1", Bundle({**good, **(tensors or {})}, {**META, **meta}))
+
+
+def reply(upload: Payload, client: str = "c1") -> Reply:
+    return Reply(3, client, upload.to_bytes(), {})
+
+
+def test_a_good_upload_is_admitted() -> None:
+    assert payload_problem(payload(), ASKED["c1"]) is None
+    assert problem_of(reply(payload()), ASKED, {"c2"}) == ("c1", None)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (payload({"a": torch.full((2, 3), torch.inf)}), "tensor 'a': 6 of 6 values are not finite"),
+        (payload({"b": torch.zeros(2, 5)}), r"tensor 'b': shape \(2, 5\)"),
+        (payload({"b": torch.zeros(2, 0)}), "tensor 'b': shape"),
+        (payload({"a": torch.ones(2, 3).half()}), "tensor 'a': dtype torch.float16"),
+        (payload({"counts": torch.tensor([0, -1])}), "tensor 'counts': negative"),
+        (payload({"x": torch.ones(1), "y": torch.ones(1)}), "foreign tensor 'x' and 1 more"),
+        (replace(payload(), content=Bundle({"a": torch.ones(2, 3)}, META)), "tensor 'b' is missing and 1 more"),
+        (replace(payload(), round=2), "round 2, this is round 3"),
+        (replace(payload(), client="c2"), "comes from 'c2'"),
+        (payload(examples=0), "'examples' must be a whole number"),
+        (payload(examples=True), "'examples'"),
+        (payload(examples=2.5), "'examples'"),
+        (payload(tokens="many"), "'tokens'"),
+        (payload(top_k=8), "'top_k' is 8, the client was given 2"),
+        (payload(stats=[]), "'stats' must be a mapping"),
+        (payload(stats={"loss_mean": 1.0}), "'stats.flops' must be a number"),
+        (payload(stats={"loss_mean": True, "flops": 1}), "'stats.loss_mean'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_upload_is_refused_with_the_reason(bad: Payload, words: str) -> None:
+    sender, problem = problem_of(reply(bad), ASKED, set())
+    assert sender == "c1"
+    with pytest.raises(ValueError, match=words):
+        raise ValueError(problem)
+
+
+def test_strangers_repeats_and_garbage() -> None:
+    assert problem_of(reply(payload(), "c11"), ASKED, set()) == (
+        "c11",
+        "was not asked in this round; did you mean 'c1'?",
+    )
+    assert problem_of(reply(payload()), ASKED, {"c1"}) == ("c1", "answered twice")
+    sender, problem = problem_of(Reply(3, "c1", b"garbage", {}), ASKED, set())
+    assert sender == "c1"
+    assert problem is not None
+    assert "not a bundle" in problem
+
+
+@pytest.mark.parametrize(
+    "fault", ["nan", "shape", "dtype", "missing", "foreign", "weight", "old_round", "garbage", "stranger"]
+)
+def test_every_fault_of_the_flaky_engine_is_noticed(fault: Fault) -> None:
+    good = payload().to_bytes()
+    assert problem_of(Reply(3, "c1", good, {}), ASKED, set())[1] is None
+    assert problem_of(Reply(3, "c1", spoil(good, fault), {}), ASKED, set())[1] is not None

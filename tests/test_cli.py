@@ -1,0 +1,608 @@
+"""The command line: what it prints where, its exit codes, and that stopping it loses nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from federations import bits, config
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+from rich.console import Console
+from run_folder_example import write_run
+from typer.testing import CliRunner, Result
+
+import emberfed
+from emberfed import config as configuration
+from emberfed import events
+from emberfed.cli import tables
+from emberfed.cli.app import app
+from emberfed.cli.options import attribute_docs, kind, options
+from emberfed.cli.progress import Bars, Lines, Plan, Position
+from emberfed.cli.stopping import Stop, resumable
+from emberfed.cli.summary import summarise
+from emberfed.cli.template import annotated
+from emberfed.errors import ConfigError, Interrupted, RoundFailed
+from emberfed.method import load_method, method_names
+from emberfed.sections import Section, parse_yaml
+
+COMMANDS = (
+    ("run",),
+    ("resume",),
+    ("evaluate",),
+    ("report",),
+    ("methods",),
+    ("models",),
+    ("data", "inspect"),
+    ("doctor",),
+    ("init",),
+)
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "emberfed", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def write_config(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="session")
+def config_file(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation that trains in a second. Do not write to it."""
+    return write_config(tmp_path_factory.mktemp("cli") / "tiny.yaml", config(tiny_model_folder, tiny_data))
+
+
+@pytest.fixture(scope="session")
+def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Do not write to it."""
+    return emberfed.run(config_file, output=tmp_path_factory.mktemp("cli-run") / "run").path
+
+
+# --- help, version, lists ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example_and_json(command: tuple[str, ...]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: emberfed {' '.join(command)}" in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_help_does_not_import_torch() -> None:
+    """Nor anything else that takes long to import."""
+    code = (
+        "import sys\nfrom emberfed.cli.app import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'transformers', 'matplotlib', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Commands" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"emberfed {emberfed.__version__}\n"
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert invoke("run", "--no-such-option").exit_code == 2
+    assert invoke("resume").exit_code == 2
+    assert invoke("resume", "runs/x", "--rounds", "0").exit_code == 2
+
+
+def test_methods_lists_every_method_with_its_defaults() -> None:
+    document = json.loads(invoke("methods", "--json").stdout)["methods"]
+    assert [method["name"] for method in document] == method_names()
+    for method in document:
+        defaults = {option["name"]: option["default"] for option in method["options"] if not option["required"]}
+        assert defaults == load_method(method["name"]).Config.model_construct().model_dump(mode="json")
+    a3smoe = next(method for method in document if method["name"] == "a3smoe")
+    assert "exponent" in next(option["help"] for option in a3smoe["options"] if option["name"] == "temperature")
+    shown = invoke("methods", "a3smoe").stdout
+    assert "method.temperature" in shown
+    assert "default 2.0" in shown
+
+
+def test_models_lists_the_families() -> None:
+    document = json.loads(invoke("models", "--json").stdout)
+    assert "olmoe" in [family["model_type"] for family in document["families"]]
+    assert "olmoe" in invoke("models").stdout
+
+
+# --- run, resume, evaluate, report ------------------------------------------------------------------------------------
+
+
+def test_run_prints_plain_progress_and_a_table(config_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    result = invoke("run", config_file, "--output", path, "--set", "training.rounds=1")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[0] == "before training: evaluating"
+    assert lines[1].startswith("before training: done in ")
+    assert lines[2] == "round 1 of 1: 4 clients to train"
+    assert [line.split(",")[0] for line in lines[3:7]] == [
+        f"round 1: client c{number} done ({number + 1} of 4)" for number in range(4)
+    ]
+    assert lines[7].startswith("round 1 of 1: done in ")
+    assert len(lines) == 8
+    assert "\x1b" not in result.output
+    assert "\r" not in result.output
+    for tier in ("small", "middle", "large"):
+        assert tier in result.stdout
+    assert str(path / "report.html") in result.stdout
+    assert f"emberfed resume {path} --rounds 3" in result.stdout
+    assert (path / "report.html").is_file()
+
+
+def test_run_json_holds_what_metrics_hold(config_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    result = invoke("run", config_file, "--output", path, "--json", "--set", "training.rounds=1")
+    document = json.loads(result.stdout)
+    metrics = emberfed.Run(path).metrics()
+    evaluations = [line for line in metrics if line["event"] == "evaluation"]
+    round_line = next(line for line in metrics if line["event"] == "round")
+    for tier in document["tiers"]:
+        before, after = (line for line in evaluations if line["tier"] == tier["tier"])
+        assert (tier["top_k"], tier["loss_before"], tier["loss_after"]) == (
+            before["top_k"],
+            before["loss"],
+            after["loss"],
+        )
+        assert (tier["rouge_l_before"], tier["rouge_l_after"]) == (before["rouge_l"], after["rouge_l"])
+    assert [tier["tier"] for tier in document["tiers"]] == ["small", "middle", "large"]
+    assert document["bytes_up"] == round_line["bytes_up"]
+    assert document["flops"] == round_line["flops"]
+    assert document["run"] == str(path)
+    assert "round 1 of 1" in result.stderr
+
+
+def test_run_takes_a_free_name(config_file: Path, tmp_path: Path, finished: Path) -> None:
+    """Where the folder is not given, the summary names the one that was taken."""
+    arguments = ("run", config_file, "--set", f"output.folder={tmp_path}", "--set", "training.rounds=1")
+    (tmp_path / "tiny").mkdir()
+    document = json.loads(invoke(*arguments, "--set", "evaluation.every=0", "--json").stdout)
+    assert document["run"] == str(tmp_path / "tiny-2")
+    assert (tmp_path / "tiny-2" / "final").exists()
+
+
+def test_resume_adds_rounds_and_gives_the_same_bits(config_file: Path, tmp_path: Path, finished: Path) -> None:
+    path = tmp_path / "run"
+    assert invoke("run", config_file, "--output", path, "--set", "training.rounds=1", "--json").exit_code == 0
+    result = invoke("resume", path, "--rounds", 2, "--json")
+    assert json.loads(result.stdout)["rounds"] == 2
+    assert result.stderr.splitlines()[0] == "round 2 of 2: 4 clients to train"
+    assert bits(path) == bits(finished)
+
+
+def test_evaluate_at_other_numbers_of_experts(finished: Path) -> None:
+    result = invoke("evaluate", finished, "--top-k", "1,8", "--json")
+    document = json.loads(result.stdout)["evaluations"]
+    assert [line["top_k"] for line in document] == [1, 8]
+    trained = [
+        line for line in emberfed.Run(finished).metrics() if line["event"] == "evaluation" and line["round"] == 2
+    ]
+    assert document[0]["loss"] == trained[0]["loss"]
+    shown = invoke("evaluate", finished)
+    assert "Perplexity" in shown.stdout
+    assert "small evaluated" in shown.stderr
+
+
+def test_report_of_one_and_of_several(finished: Path, tmp_path: Path) -> None:
+    page = tmp_path / "both.html"
+    document = json.loads(invoke("report", finished, finished, "--output", page, "--json").stdout)
+    assert document == {"report": str(page)}
+    assert page.read_text().startswith("<!")
+    assert str(finished / "report.html") in invoke("report", finished).stdout
+
+
+def test_data_inspect_shows_what_a_run_would_use(config_file: Path, finished: Path) -> None:
+    document = json.loads(invoke("data", "inspect", config_file, "--json").stdout)
+    assert document["clients"] == json.loads((finished / "partition.json").read_text())["clients"]
+    assert document["totals"] == json.loads((finished / "run.json").read_text())["data"]
+    shown = invoke("data", "inspect", config_file).stdout
+    for client, data in document["clients"].items():
+        row = next(line for line in shown.splitlines() if line.strip().startswith(client))
+        assert row.split()[1:3] == [str(data["examples"]), str(data["target_tokens"])]
+    skewed = invoke("data", "inspect", config_file, "--set", "data.partition.alpha=0.1", "--json")
+    assert json.loads(skewed.stdout)["clients"] != document["clients"]
+
+
+def test_doctor_names_every_part() -> None:
+    result = invoke("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert {"emberfed", "libraries", "device", "threads", "memory", "bf16", "disk", "extras", "model"} == set(checks)
+    broken = [check for check in checks.values() if check["state"] == "broken"]
+    assert result.exit_code == (1 if broken else 0)
+    assert not broken, broken
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run", "{tmp}/absent.yaml"), 2, "does not exist"),
+        (("run", "{tmp}"), 2, "cannot be read"),
+        (("run", "{tmp}/broken.yaml"), 2, "broken.yaml, line 2: not valid YAML"),
+        (("run", "--set", "training.round=3"), 2, "did you mean 'rounds'"),
+        (("run", "--set", "training"), 2, "expected the form"),
+        (("run", "--set", "method.name=a3smo"), 2, "did you mean 'a3smoe'"),
+        (("run", "--set", "data.path={tmp}/absent.jsonl"), 3, "absent.jsonl"),
+        (("run", "--set", "model.path={tmp}/absent"), 4, "does not exist"),
+        (("run", "--output", "{tmp}"), 5, "not an empty folder"),
+        (("resume", "{tmp}"), 5, "not a run folder"),
+        (("resume", "{tmp}/absent"), 5, "does not exist"),
+        (("evaluate", "{tmp}"), 5, "not a run folder"),
+        (("evaluate", "{tmp}", "--top-k", "1,x"), 2, "--top-k '1,x'"),
+        (("evaluate", "{tmp}", "--top-k", "2,2"), 2, "different whole numbers"),
+        (("report", "{tmp}"), 5, "not a run folder"),
+        (("methods", "a3smo"), 2, "did you mean 'a3smoe'"),
+        (("data", "inspect", "{tmp}/absent.yaml"), 2, "does not exist"),
+        (("init", "{tmp}/broken.yaml"), 2, "left as it is"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_errors_are_one_line(
+    arguments: tuple[str, ...], code: int, words: str, config_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.yaml").write_text("model:\n  path: [\n")
+    given_arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    if arguments[0] == "run" and arguments[1].startswith("--"):
+        given_arguments.insert(1, str(config_file))
+    result = invoke(*given_arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("emberfed: error: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    as_json = invoke(*given_arguments, "--json")
+    document = json.loads(as_json.stdout)
+    assert as_json.exit_code == document["exit_code"] == code
+    assert as_json.stderr == f"emberfed: error: {document['error']}\n"
+
+
+def test_a_failed_round_says_how_to_go_on(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> None:
+    values = config(tiny_model_folder, tiny_data, evaluation={"every": 0, "max_examples": 1})
+    values["engine"] = {"name": "flaky", "faults": {"c1": "drop", "c2": "nan"}}
+    values["clients"] = {**values["clients"], "min_replies": 3}
+    path = tmp_path / "a run"
+    result = invoke("run", write_config(tmp_path / "flaky.yaml", values), "--output", path)
+    assert result.exit_code == RoundFailed.exit_code
+    assert any(line.startswith("round 1: client c1 failed: ") for line in result.stderr.splitlines())
+    assert any(line.startswith("round 1: client c2 refused: ") for line in result.stderr.splitlines())
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("emberfed: error: round 1: 2 of 4 clients")
+    assert last.endswith(f"Go on with: emberfed resume '{path}'")
+
+
+def test_bugs_keep_their_traceback() -> None:
+    """Only the errors users can meet become one line."""
+    with pytest.raises(ZeroDivisionError), resumable(Path("nowhere")):
+        raise ZeroDivisionError
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def read_until(process: subprocess.Popen[str], beginning: str) -> list[str]:
+    """Read the process's progress up to the line that begins so."""
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith(beginning):
+            return lines
+    raise AssertionError(f"no line begins with {beginning!r}: {lines}")
+
+
+def test_interrupted_terminated_resumed_same_bits(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """A real Ctrl-C in round 1, a real SIGTERM in round 2: the finished clients stay, and the bits are the same."""
+    training = {"rounds": 2, "local_epochs": 25}
+    values = config(tiny_model_folder, tiny_data, training=training, evaluation={"every": 0, "max_examples": 2})
+    file, path = write_config(tmp_path / "slow.yaml", values), tmp_path / "run"
+    whole = emberfed.run(file, output=tmp_path / "whole")
+
+    process = start("run", file, "--output", path, "--json")
+    read_until(process, "round 1: client c0 done")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == Interrupted.exit_code
+    message = f"stopped; finished clients are kept. Go on with: emberfed resume {path}"
+    assert err.splitlines()[-1] == f"emberfed: {message}"
+    assert "Traceback" not in err
+    assert json.loads(out) == {"error": message, "exit_code": Interrupted.exit_code}
+
+    process = start("resume", path)
+    lines = read_until(process, "round 2: client c1 done")
+    waiting = next(int(line.split()[4]) for line in lines if line.startswith("round 1 of 2: "))
+    assert waiting < 4, "c0 was kept"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == Interrupted.exit_code
+    assert (out, err.splitlines()[-1]) == ("", f"emberfed: {message}")
+    assert not (path / "final").exists()
+
+    result = invoke("resume", path)
+    assert result.exit_code == 0, result.stderr
+    assert bits(path) == bits(whole.path)
+
+
+def test_stopped_before_anything_was_written(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="nothing was written"), resumable(tmp_path):
+        raise KeyboardInterrupt
+
+
+def test_a_lost_interrupt_comes_back_with_the_next_event() -> None:
+    """Python drops exceptions raised in destructors; a stop that fell into one must not be forgotten."""
+    stop, heard = Stop(), []
+    listen = stop.before(heard.append)
+    first, second = events.Notice("warning", "one"), events.Notice("warning", "two")
+    before = signal.getsignal(signal.SIGINT)
+    with stop.on_signals():
+        listen(first)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a second Ctrl-C kills"
+        with pytest.raises(KeyboardInterrupt):
+            listen(second)
+    assert heard == [first]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """The writing end of a pipe nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+def test_a_closed_standard_output_is_no_traceback(closed_pipe: int) -> None:
+    command = [sys.executable, "-m", "emberfed", "models", "--json"]
+    done = subprocess.run(command, stdout=closed_pipe, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == ""
+
+
+def test_a_closed_standard_error_does_not_fail_clients(config_file: Path, tmp_path: Path, closed_pipe: int) -> None:
+    """Whoever read the progress went away (`2>&1 | head`): the run goes on unseen, to the end."""
+    path = tmp_path / "run"
+    arguments = ["run", config_file, "--output", path, "--set", "training.rounds=1", "--set", "evaluation.every=0"]
+    command = [sys.executable, "-m", "emberfed", *map(str, arguments), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=closed_pipe, text=True)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["problems"] == []
+    assert (path / "report.html").is_file()
+
+
+def quickstart_events() -> list[events.Event]:
+    """What a run of two clients, one tier and one round says, with one client that fails."""
+    return [
+        events.RoundStarted(0, 1, 0),
+        events.EvaluationProgress(0, "phone", 1, 2),
+        events.EvaluationProgress(0, "phone", 2, 2),
+        events.RoundDone(0, {"phone": 0.25}, 3.0),
+        events.RoundStarted(1, 1, 2),
+        events.Step("c0", 1, 1, 2.5),
+        events.ClientDone(1, "c0", None),
+        events.ClientDone(1, "c1", "failed: [bold]no[/bold] memory"),
+        events.Notice("warning", "look [here]"),
+        events.EvaluationProgress(1, "phone", 2, 2),
+        events.RoundDone(1, {"phone": 0.5}, 4.0),
+    ]
+
+
+def test_bars_keep_rounds_and_problems_above_them() -> None:
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=80, markup=False, highlight=False, color_system=None)
+    with Bars(Plan(rounds=1, clients=2, tiers=1, every=1), console) as bars:
+        for event in quickstart_events():
+            bars(event)
+        assert bars.position.done == bars.position.plan.total == 4
+    text = terminal.getvalue()
+    for line in (
+        "before         3.00 s  phone 0.250",
+        "round 1        4.00 s  phone 0.500",
+        "round 1: client c1 failed: [bold]no[/bold] memory",
+        "warning: look [here]",
+    ):
+        assert line in text, line
+    assert text.count("ROUGE-L by tier") == 1
+
+
+def test_lines_are_one_per_client_and_round(capsys: pytest.CaptureFixture[str]) -> None:
+    with Lines(Plan(rounds=1, clients=2, tiers=1, every=1)) as lines:
+        for event in quickstart_events():
+            lines(event)
+    assert capsys.readouterr().err.splitlines() == [
+        "before training: evaluating",
+        "before training: done in 3.00 s, ROUGE-L phone 0.250",
+        "round 1 of 1: 2 clients to train",
+        "round 1: client c0 done (1 of 2), step 1/1  loss 2.50",
+        "round 1: client c1 failed: [bold]no[/bold] memory",
+        "warning: look [here]",
+        "round 1 of 1: done in 4.00 s, ROUGE-L phone 0.500",
+    ]
+
+
+# --- how far, how long ------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_counts_work_by_hand() -> None:
+    """4 rounds of 3 clients; evaluations of 2 tiers before round 1, after rounds 2 and 4 (every 2nd and the last)."""
+    plan = Plan(rounds=4, clients=3, tiers=2, every=2)
+    assert plan.total == 4 * 3 + 3 * 2
+    assert plan.units(range(3)) == 2 + 3 + 3 + 2
+    assert Plan(rounds=0, clients=0, tiers=5, every=0).total == 5
+    assert Plan(rounds=3, clients=1, tiers=1, every=0).total == 3 + 2
+
+
+def test_time_left_by_hand() -> None:
+    """2 clients took 10 s each, a tier 3 s; left: 2 clients of this round, 4 of the next, 1 + 1 tiers."""
+    position = Position(Plan(rounds=2, clients=4, tiers=1, every=1), 100.0)
+    assert position.seconds_left is None
+    position = position.after(events.EvaluationProgress(0, "phone", 4, 4), 103.0)
+    assert position.seconds_left is None, "nobody has trained yet"
+    position = position.after(events.RoundStarted(1, 2, 4), 104.0)
+    position = position.after(events.ClientDone(1, "c0", None), 114.0)
+    position = position.after(events.ClientDone(1, "c1", "failed: no"), 124.0)
+    assert position.seconds_left == pytest.approx(6 * 10 + 2 * 3)
+    assert position.done == 1 + 2
+
+
+@given(
+    rounds=st.integers(1, 4),
+    clients=st.integers(1, 5),
+    tiers=st.integers(1, 4),
+    every=st.integers(0, 3),
+    kept=st.integers(0, 4),
+    steps=st.integers(1, 3),
+)
+def test_progress_never_goes_back_and_ends_at_the_end(
+    rounds: int, clients: int, tiers: int, every: int, kept: int, steps: int
+) -> None:
+    """Any run, the first round of it resumed with some clients already kept."""
+    plan = Plan(rounds, clients, tiers, every)
+    heard: list[events.Event] = []
+    for round in range(rounds + 1):
+        waiting = 0 if round == 0 else max(clients - kept, 0) if round == 1 else clients
+        heard.append(events.RoundStarted(round, rounds, waiting))
+        for client in range(waiting):
+            heard += [events.Step(f"c{client}", step + 1, steps, 1.0) for step in range(steps)]
+            heard.append(events.ClientDone(round, f"c{client}", None))
+        if plan.evaluated(round):
+            heard += [events.EvaluationProgress(round, f"t{tier}", done, 2) for tier in range(tiers) for done in (1, 2)]
+        heard.append(events.RoundDone(round, {}, 1.0))
+    position = Position(plan, 0.0)
+    for second, event in enumerate(heard, start=1):
+        after = position.after(event, float(second))
+        assert after.done >= position.done, event
+        assert after.seconds_left is None or after.seconds_left >= 0
+        position = after
+    assert position.done == pytest.approx(plan.total)
+    assert position.seconds_left in (None, 0.0) if kept >= clients and rounds == 1 else position.seconds_left == 0
+
+
+# --- summaries, options, template -------------------------------------------------------------------------------------
+
+
+def test_the_summary_adds_up(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rounds = [line for line in lines if line["event"] == "round"]
+    summary = summarise(path)
+    assert summary.rounds == 3
+    assert summary.bytes_down == sum(line["bytes_down"] for line in rounds)
+    before = sum(line["seconds"] for line in lines if line["event"] == "evaluation" and line["round"] == 0)
+    assert summary.seconds == pytest.approx(before + sum(line["seconds"] for line in rounds))
+    assert summary.problems == ("round 2: client c3 failed: non-finite loss at step 4",)
+    assert [tier.top_k for tier in summary.tiers] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_fit(tmp_path: Path, width: int) -> None:
+    """No number is cut off, whatever the width of the terminal."""
+    summary = summarise(write_run(tmp_path / "run"))
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as capture:
+        console.print(tables.quality(summary), tables.costs(summary))
+    text = capture.get()
+    assert max(len(line) for line in text.splitlines()) <= width
+    for tier in summary.tiers:
+        assert f"{tier.rouge_l_before:.3f} → {tier.rouge_l_after:.3f}" in text
+    assert "…" not in text
+
+
+def test_a_run_without_metrics_has_a_summary(tmp_path: Path) -> None:
+    """Nothing recorded is null in JSON, not zero."""
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    summary = summarise(tmp_path)
+    assert summary.tiers == ()
+    assert summary.rounds == 0
+    assert summary.seconds != summary.seconds, "not a number: nothing was recorded"
+
+
+class Sample(Section):
+    """One line
+    over two.
+
+    Attributes:
+        plain: What it is,
+            over two lines.
+        low, high: Both of them.
+        many: Needed.
+
+    Raises:
+        nothing: at all.
+    """
+
+    plain: int | None = Field(None, ge=1)
+    low: float = 0.5
+    high: Literal["a", "b"] = "b"
+    many: list[str]
+
+
+def test_options_are_read_from_the_class() -> None:
+    assert attribute_docs(Sample) == {
+        "plain": "What it is, over two lines.",
+        "low": "Both of them.",
+        "many": "Needed.",
+    }
+    found = {option.name: option for option in options(Sample)}
+    assert {name: option.kind for name, option in found.items()} == {
+        "plain": "int or null",
+        "low": "float",
+        "high": "a | b",
+        "many": "list of str",
+    }
+    assert [name for name, option in found.items() if option.required] == ["many"]
+    assert (found["low"].default, found["plain"].default) == (0.5, None)
+    assert kind(tuple[float, float]) == "list of float"
+    assert kind(dict[str, int]) == "section"
+
+
+def test_init_writes_the_quickstart_with_every_key_explained(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "federation.yaml"
+    result = invoke("init", file)
+    assert result.exit_code == 0, result.output
+    assert str(file) in result.stdout
+    assert configuration.load(file).values() == configuration.load(None).values()
+    text = file.read_text()
+    assert max(len(line) for line in text.splitlines()) <= 100
+    commented = "\n".join(line for line in text.splitlines() if line.lstrip().startswith("#"))
+    for phrase in ("Optimiser steps per client", "The exponent gamma", "Number of clients", "R of every LoRA"):
+        assert phrase in commented
+
+
+def test_the_template_holds_any_configuration(config_file: Path) -> None:
+    checked = configuration.load(config_file, ["data.partition={kind: size, sizes: square}", "clients.per_round=2"])
+    written = parse_yaml(annotated(checked, "any.yaml"), "any.yaml")
+    assert configuration.parse(written).values() == checked.values()
+
+
+def test_top_k_that_no_model_has(finished: Path) -> None:
+    result = invoke("evaluate", finished, "--top-k", "1,99")
+    assert result.exit_code == ConfigError.exit_code
+    assert "99" in result.stderr.splitlines()[-1]

@@ -1,0 +1,391 @@
+"""The adapter: initial values, attaching, training, and leaving no trace."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from builders import tiny_model, token_ids
+
+from emberfed.errors import ConfigError, ModelError
+from emberfed.models import lora
+from emberfed.models.lora import Adapter, LoraConfig
+from emberfed.models.sparse_model import SparseModel
+from emberfed.sections import validate
+
+ALPHA = 16.0
+EVERYTHING = LoraConfig(rank=3, router=True)
+Tensors = dict[str, torch.Tensor]
+
+
+def initial(model: SparseModel, config: LoraConfig = EVERYTHING, seed: int = 0) -> Tensors:
+    return lora.initial(model, config, torch.Generator().manual_seed(seed))
+
+
+def noisy(tensors: Tensors, seed: int = 1) -> Tensors:
+    """The adapter with every value moved, so that lora_B is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
+
+
+def logits(model: SparseModel) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.lm(input_ids=token_ids(2, 10)).logits
+    return result
+
+
+def fingerprint(model: SparseModel) -> tuple[Any, ...]:
+    """Everything of the base: tensors bit by bit, which objects, gradients, modules, hooks, modes."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.lm.state_dict().items()):
+        digest.update(tensor.numpy().tobytes())
+    return (
+        digest.hexdigest(),
+        [(name, id(value), value.requires_grad, value.grad is None) for name, value in model.lm.named_parameters()],
+        [
+            (
+                name,
+                id(module),
+                type(module),
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                module.training,
+            )
+            for name, module in model.lm.named_modules()
+        ],
+    )
+
+
+def train_step(
+    model: SparseModel, adapter: Adapter, optimizer: torch.optim.Optimizer, groups: Any, seed: int
+) -> tuple[torch.Tensor, Tensors]:
+    """One step on few tokens; returns who was touched and the gradients."""
+    ids = token_ids(1, 3, seed)
+    with model.count_activations() as counter:
+        model.lm(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: value.grad.clone() for name, value in adapter.parameters.items() if value.grad is not None}
+    touched = counter.take() > 0
+    groups.scatter_gradients(touched)
+    optimizer.step()
+    groups.zero_grad()
+    return touched, gradients
+
+
+def test_initial_values() -> None:
+    model = tiny_model()
+    tensors = initial(model)
+    assert list(tensors) == sorted(tensors)
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    assert tensors["layers.1.self_attn.q_proj.lora_A"].shape == (3, 32)
+    assert tensors["layers.1.self_attn.q_proj.lora_B"].shape == (32, 3)
+    assert tensors["layers.0.experts.up_proj.lora_A"].shape == (8, 3, 32)
+    assert tensors["layers.0.experts.up_proj.lora_B"].shape == (8, 16, 3)
+    assert tensors["layers.0.experts.down_proj.lora_A"].shape == (8, 3, 16)
+    assert tensors["layers.0.experts.down_proj.lora_B"].shape == (8, 32, 3)
+    assert len(tensors) == 2 * (4 * 2 + 3 * 2 + 1)
+    for name, value in tensors.items():
+        if name.endswith("lora_B"):
+            assert not value.any()
+        if name.endswith("lora_A"):
+            bound = 1 / math.sqrt(value.shape[-1])
+            assert 0.8 * bound < value.abs().max() <= bound
+    router = tensors["layers.0.router.weight"]
+    assert torch.equal(router, model.blocks[0].router.get_parameter("weight"))
+    assert router.data_ptr() != model.blocks[0].router.get_parameter("weight").data_ptr()
+
+
+def test_initial_depends_on_the_generator_alone() -> None:
+    model = tiny_model()
+    first, again, other = initial(model), initial(model), initial(model, seed=1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["layers.0.experts.up_proj.lora_A"], other["layers.0.experts.up_proj.lora_A"])
+
+
+def test_config_covers_what_it_says() -> None:
+    model = tiny_model()
+    attention = initial(model, LoraConfig(experts=False))
+    experts = initial(model, LoraConfig(attention=False))
+    assert not any(lora.is_expert(name) for name in attention)
+    assert all(lora.is_expert(name) for name in experts)
+    assert len(attention) == 16
+    assert len(experts) == 12
+    with pytest.raises(ConfigError, match="both false"):
+        validate(LoraConfig, {"attention": False, "experts": False}, "adapter")
+    with pytest.raises(ConfigError, match=r"adapter\.rank"):
+        validate(LoraConfig, {"rank": 0}, "adapter")
+
+
+def test_names() -> None:
+    assert lora.layer_of("layers.12.experts.up_proj.lora_A") == 12
+    assert lora.is_expert("layers.1.experts.up_proj.lora_A")
+    assert not lora.is_expert("layers.1.self_attn.q_proj.lora_A")
+    assert not lora.is_expert("layers.1.router.weight")
+    with pytest.raises(ModelError, match="not an adapter tensor's name"):
+        lora.layer_of("head.weight")
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_a_fresh_adapter_changes_no_bit(top_k: int) -> None:
+    model = tiny_model()
+    with model.active_experts(top_k):
+        expected = logits(model)
+        with lora.attached(model, initial(model), ALPHA):
+            assert torch.equal(logits(model), expected)
+
+
+def test_adapter_computes_the_merged_model() -> None:
+    model, merged = tiny_model(), tiny_model()
+    config = LoraConfig(rank=3, router=True)
+    tensors = noisy(initial(model, config))
+    scale = ALPHA / config.rank
+    for layer, module in enumerate(merged.lm.model.layers):
+        path = f"layers.{layer}"
+
+        def delta(name: str, path: str = path) -> torch.Tensor:
+            return scale * tensors[f"{path}.{name}.lora_B"] @ tensors[f"{path}.{name}.lora_A"]
+
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(module.self_attn, name).weight.add_(delta(f"self_attn.{name}"))
+        module.mlp.experts.gate_up_proj[:, :16].add_(delta("experts.gate_proj"))
+        module.mlp.experts.gate_up_proj[:, 16:].add_(delta("experts.up_proj"))
+        module.mlp.experts.down_proj.add_(delta("experts.down_proj"))
+        module.mlp.gate.weight.copy_(tensors[f"{path}.router.weight"])
+    with lora.attached(model, tensors, ALPHA):
+        found = logits(model)
+    torch.testing.assert_close(found, logits(merged), rtol=1e-5, atol=1e-5)
+    assert (found - logits(model)).abs().max() > 0.1
+
+
+def test_ranks_may_differ_between_tensors() -> None:
+    model = tiny_model()
+    tensors = initial(model)
+    low = noisy(initial(model, LoraConfig(rank=2, router=True)))
+    mixed = {name: low[name] if "layers.0" in name or "up_proj" in name else tensors[name] for name in tensors}
+    with lora.attached(model, mixed, ALPHA) as adapter:
+        assert {name: value.shape for name, value in adapter.tensors().items()} == {
+            name: value.shape for name, value in mixed.items()
+        }
+        assert not torch.equal(logits(model), logits(tiny_model()))
+
+
+def test_the_empty_adapter_is_the_base() -> None:
+    model = tiny_model()
+    with lora.attached(model, {}, ALPHA) as adapter:
+        assert adapter.tensors() == {}
+        assert torch.equal(logits(model), logits(tiny_model()))
+
+
+def test_attaching_draws_nothing_from_the_global_stream_and_copies() -> None:
+    model = tiny_model()
+    tensors = initial(model)
+    before = torch.get_rng_state()
+    with lora.attached(model, tensors, ALPHA) as adapter:
+        assert torch.equal(torch.get_rng_state(), before)
+        out = adapter.tensors()
+        for name, parameter in adapter.parameters.items():
+            assert torch.equal(parameter, tensors[name])
+            assert parameter.data_ptr() not in (tensors[name].data_ptr(), out[name].data_ptr())
+            assert parameter.requires_grad
+            assert not out[name].requires_grad
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_base_is_left_exactly_as_found(fails: bool) -> None:
+    model = tiny_model()
+    tensors = noisy(initial(model))
+    before, kept = fingerprint(model), {name: value.clone() for name, value in tensors.items()}
+    try:
+        with lora.attached(model, tensors, ALPHA) as adapter, model.active_experts(3, "renormalised"):
+            groups = adapter.trainable_groups()
+            optimizer = torch.optim.AdamW(groups.parameters(), lr=0.1)
+            for seed in range(3):
+                train_step(model, adapter, optimizer, groups, seed)
+            if fails:
+                raise RuntimeError("in training")
+    except RuntimeError:
+        assert fails
+    assert fingerprint(model) == before
+    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+    assert not all(torch.equal(adapter.tensors()[name], kept[name]) for name in kept)
+
+
+def test_gradients_reach_every_kind_of_parameter() -> None:
+    model = tiny_model()
+    with lora.attached(model, noisy(initial(model)), ALPHA) as adapter:
+        ids = token_ids(4, 16)
+        model.lm(input_ids=ids, labels=ids).loss.backward()
+        for name, parameter in adapter.parameters.items():
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_untouched_experts_keep_their_bits_and_touched_ones_move_as_alone(make: Callable[..., Any]) -> None:
+    options: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
+    if make is torch.optim.SGD:
+        options["momentum"] = 0.9
+    model = tiny_model()
+    start = noisy(initial(model))
+    with lora.attached(model, start, ALPHA) as adapter:
+        groups = adapter.trainable_groups()
+        optimizer = make(groups.parameters(), **options)
+        alone = {
+            (name, expert): torch.nn.Parameter(start[name][expert].clone())
+            for name in start
+            if lora.is_expert(name)
+            for expert in range(8)
+        }
+        twins = {key: make([parameter], **options) for key, parameter in alone.items()}
+        ever = torch.zeros(2, 8, dtype=torch.bool)
+        skipped = 0
+        for seed in range(4):
+            touched, gradients = train_step(model, adapter, optimizer, groups, seed)
+            skipped += int((ever & ~touched).sum())  # here momentum would move it
+            ever |= touched
+            for (name, expert), parameter in alone.items():
+                if touched[lora.layer_of(name), expert]:
+                    parameter.grad = gradients[name][expert]
+                    twins[name, expert].step()
+        final = adapter.tensors()
+    assert skipped > 0
+    assert not ever.all(), "some expert was to stay untouched"
+    for (name, expert), parameter in alone.items():
+        assert torch.equal(final[name][expert], parameter), (name, expert)
+        if not ever[lora.layer_of(name), expert]:
+            assert torch.equal(final[name][expert], start[name][expert])
+        else:
+            assert not torch.equal(final[name][expert], start[name][expert])
+
+
+def test_fused_optimiser_agrees() -> None:
+    model = tiny_model()
+    start = noisy(initial(model))
+    finals = []
+    for fused in (False, True):
+        with lora.attached(model, start, ALPHA) as adapter:
+            groups = adapter.trainable_groups()
+            optimizer = torch.optim.AdamW(groups.parameters(), lr=0.05, fused=fused)
+            touched = [train_step(model, adapter, optimizer, groups, seed)[0] for seed in range(3)]
+            finals.append(adapter.tensors())
+    for name in start:
+        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-4, atol=1e-4)
+    ever = torch.stack(touched).any(0)
+    for name in filter(lora.is_expert, start):
+        for expert in (~ever[lora.layer_of(name)]).nonzero().flatten().tolist():
+            assert torch.equal(finals[1][name][expert], start[name][expert])
+
+
+def test_views_share_the_stacked_storage_and_forget_gradients() -> None:
+    model = tiny_model()
+    with lora.attached(model, initial(model), ALPHA) as adapter:
+        groups = adapter.trainable_groups()
+        assert len(groups.parameters()) == 16 + 2 + 2 * 6 * 8
+        with torch.no_grad():
+            groups.experts[0].views[5].fill_(7.0)
+        stacked = adapter.parameters[groups.experts[0].name]
+        assert (stacked[5] == 7).all()
+        assert not (stacked[4] == 7).any()
+        ids = token_ids(1, 4)
+        model.lm(input_ids=ids, labels=ids).loss.backward()
+        groups.scatter_gradients(torch.ones(2, 8, dtype=torch.bool))
+        assert all(parameter.grad is not None for parameter in groups.parameters())
+        groups.zero_grad()
+        assert all(parameter.grad is None for parameter in [*groups.parameters(), *adapter.parameters.values()])
+        for wrong in (torch.ones(2, 8), torch.ones(2, 7, dtype=torch.bool), torch.ones(1, 8, dtype=torch.bool)):
+            with pytest.raises(ValueError, match="touched must be bool"):
+                groups.scatter_gradients(wrong)
+
+
+def test_bfloat16_base_has_a_float32_adapter() -> None:
+    model = tiny_model()
+    tensors = noisy(initial(model))
+    with lora.attached(model, tensors, ALPHA):
+        expected = logits(model)
+    model.lm.to(torch.bfloat16)
+    before = fingerprint_dtypes(model)
+    with lora.attached(model, tensors, ALPHA) as adapter:
+        found = logits(model)
+        ids = token_ids(4, 16)
+        model.lm(input_ids=ids, labels=ids).loss.backward()
+        assert {parameter.dtype for parameter in adapter.parameters.values()} == {torch.float32}
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters.values())
+    assert found.dtype == torch.bfloat16
+    assert fingerprint_dtypes(model) == before
+    similarity = torch.nn.functional.cosine_similarity(found.float().flatten(), expected.flatten(), dim=0)
+    assert similarity > 0.98
+
+
+def fingerprint_dtypes(model: SparseModel) -> list[tuple[str, int, torch.dtype, bool]]:
+    return [(name, id(value), value.dtype, value.requires_grad) for name, value in model.lm.named_parameters()]
+
+
+def without(tensors: Tensors, *names: str) -> Tensors:
+    return {name: value for name, value in tensors.items() if name not in names}
+
+
+BROKEN: list[tuple[str, Callable[[Tensors], Tensors], str]] = [
+    (
+        "foreign",
+        lambda t: t | {"layers.0.experts.gate_proj.lora_C": torch.zeros(1)},
+        r"'layers\.0\.experts\.gate_proj\.lora_C' has no place in this model; did you mean",
+    ),
+    (
+        "layer",
+        lambda t: t | {"layers.9.router.weight": torch.zeros(8, 32)},
+        r"'layers\.9\.router\.weight' has no place",
+    ),
+    (
+        "missing",
+        lambda t: without(t, "layers.1.self_attn.k_proj.lora_B"),
+        r"lacks 'layers\.1\.self_attn\.k_proj\.lora_B' and 0 more",
+    ),
+    (
+        "shape",
+        lambda t: t | {"layers.1.experts.up_proj.lora_A": torch.zeros(8, 3, 31)},
+        r"'layers\.1\.experts\.up_proj\.lora_A' has shape \(8, 3, 31\); expected \(8, 3, 32\)",
+    ),
+    (
+        "experts",
+        lambda t: t | {"layers.1.experts.up_proj.lora_B": torch.zeros(7, 16, 3)},
+        r"'layers\.1\.experts\.up_proj\.lora_B' has shape \(7, 16, 3\); expected \(8, 16, 3\)",
+    ),
+    (
+        "rank",
+        lambda t: t | {"layers.0.self_attn.q_proj.lora_B": torch.zeros(32, 4)},
+        r"'layers\.0\.self_attn\.q_proj\.lora_B' has shape \(32, 4\); expected \(32, 3\)",
+    ),
+    (
+        "rank 0",
+        lambda t: (
+            t
+            | {
+                "layers.0.self_attn.q_proj.lora_A": torch.zeros(0, 32),
+                "layers.0.self_attn.q_proj.lora_B": torch.zeros(32, 0),
+            }
+        ),
+        r"'layers\.0\.self_attn\.q_proj\.lora_A' has shape \(0, 32\)",
+    ),
+    (
+        "integer",
+        lambda t: t | {"layers.0.router.weight": torch.zeros(8, 32, dtype=torch.int64)},
+        r"'layers\.0\.router\.weight' is torch\.int64",
+    ),
+    (
+        "scalar",
+        lambda t: t | {"layers.0.self_attn.q_proj.lora_A": torch.tensor(1.0)},
+        r"'layers\.0\.self_attn\.q_proj\.lora_A' has shape \(\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_adapters_that_do_not_fit_are_refused_by_name(change: Callable[[Tensors], Tensors], message: str) -> None:
+    model = tiny_model()
+    before = fingerprint(model)
+    with pytest.raises(ModelError, match=message), lora.attached(model, change(initial(model)), ALPHA):
+        pass
+    assert fingerprint(model) == before
