@@ -1,1 +1,4 @@
-"""Benchmarks of emberfed: `make bench`. Results go to `benchmarks/results/`; each compares things measured in one run."""
+"""Benchmarks of emberfed: `make bench`. Results go to `benchmarks/results/`.
+
+Each compares things that were measured in one run.
+"""

@@ -1,8 +1,8 @@
 """Does memory grow with the number of clients, and how much of a round is not training or evaluation?
 
-The same data and model, divided over 8 and over 64 clients, two rounds each, in child processes taken in turns. Writes
-`benchmarks/results/clients_memory.json` with one row per run: clients, peak_memory_bytes (of the whole process, from the
-operating system), round seconds, seconds outside training and evaluation, their share.
+The same data and model, divided over 8 and over 64 clients, two rounds each, in child processes taken in turns.
+Writes `benchmarks/results/clients_memory.json` with one row per run: clients, peak_memory_bytes (of the whole
+process, from the operating system), round seconds, seconds outside training and evaluation, their share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny but real federations for tests: a random model of some family on disk, JSONL data, a config as users write it."""
+"""Tiny but real federations for tests: a random model on disk, JSONL data, a config as users write it."""
 
 from __future__ import annotations
 

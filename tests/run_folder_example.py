@@ -77,6 +77,7 @@ def _info(seed: int, layers: int, experts: int) -> dict[str, Any]:
         "emberfed_version": "0.1.0",
         "created": "2026-01-05T10:00:00Z",
         "method": {"name": "a3smoe", "title": "A³SMoE", "paper": "https://arxiv.org/abs/2600.00001"},
+        "git": "0123456789abcdef",
         "seed": seed,
         "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0"},
         "hardware": {"cpu": "2 cores", "memory_bytes": 8_000_000_000, "device": "cpu"},

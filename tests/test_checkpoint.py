@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def damage_bits(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGES = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "bits": lambda path: damage_bits(path / "state.safetensors"),
     "cut": lambda path: (path / "state.safetensors").write_bytes(b"short"),
     "missing": lambda path: (path / "state.safetensors").unlink(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -72,13 +71,13 @@ def test_finished_clients_of_a_killed_round_do_not_train_again(
     with pytest.raises(emberfed.EmberfedError, match="2 of 4 clients"):
         emberfed.run(values, output=run)
     kept = run / "rounds" / "0001.partial" / "clients"
-    before = {path.name: os.stat(path).st_mtime_ns for path in kept.glob("*.safetensors")}
+    before = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")}
     assert sorted(before) == ["c2.safetensors", "c3.safetensors"]
     written = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**written, "engine": {"name": "local"}}))
     emberfed.resume(run)
     final = run / "rounds" / "0001" / "clients"
-    assert {path.name: os.stat(path).st_mtime_ns for path in final.glob("c[23].safetensors")} == before
+    assert {path.name: path.stat().st_mtime_ns for path in final.glob("c[23].safetensors")} == before
     clients = [json.loads(line)["client"] for line in (run / "clients.jsonl").read_text().splitlines()]
     assert clients == ["c0", "c1", "c2", "c3"]
 

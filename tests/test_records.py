@@ -49,7 +49,7 @@ def same(one: Bundle, other: Bundle) -> bool:
 def test_a_bundle_comes_back_as_it_was(bundle: Bundle) -> None:
     data = bundle.to_bytes()
     assert same(Bundle.from_bytes(data), bundle)
-    shuffled = Bundle(dict(reversed(bundle.tensors.items())), dict(reversed(bundle.meta.items())))
+    shuffled = Bundle(dict(reversed(list(bundle.tensors.items()))), dict(reversed(list(bundle.meta.items()))))
     assert shuffled.to_bytes() == data
 
 

@@ -196,6 +196,7 @@ def test_failures_events_and_configuration_are_shown(run: Path, page: Page) -> N
     assert page.tables["Events"][2] == ["2026-01-05T10:01:12Z", "warning", "client c3 failed in round 2"]
     assert " ".join((run / "config.yaml").read_text().split()) in page.text
     assert ["memory_bytes", "8000000000"] in page.tables["Hardware"]
+    assert ["git commit", "0123456789abcdef"] in page.tables["Versions"]
     assert "incomplete" not in page.text
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from federations import bits, config
 
 import emberfed
 from emberfed import events
 from emberfed.errors import ConfigError, RoundFailed, RunFolderError
-from federations import bits, config
 
 
 @pytest.fixture(scope="module")

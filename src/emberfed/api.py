@@ -14,6 +14,7 @@ from emberfed.config import RunConfig
 from emberfed.errors import ConfigError, RunFolderError
 from emberfed.records import Json
 from emberfed.report import write_report
+from emberfed.sections import override
 
 
 @final
@@ -125,7 +126,7 @@ def free_path(checked: RunConfig, source: str | Path | Mapping[str, Any] | None)
 
 def _config(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str]) -> RunConfig:
     if isinstance(source, Mapping):
-        return config.parse(config.override(source, overrides))
+        return config.parse(override(source, overrides))
     return config.load(None if source is None else Path(source), overrides)
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 import emberfed
 from emberfed import clients, events
 from emberfed.checkpoint import RunFolder
+from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig
 from emberfed.data.inspect import Inspection, inspect
 from emberfed.data.loading import Corpus, load
@@ -45,8 +46,8 @@ class Material:
     shards: Mapping[str, Shard]
     test: Shard
     inspection: Inspection
-    clients: tuple[clients.Client, ...]
-    budgets: tuple[clients.Budget, ...]
+    clients: tuple[Client, ...]
+    budgets: tuple[Budget, ...]
 
 
 def gather(config: RunConfig) -> Material:

@@ -151,8 +151,11 @@ class RunFolder:
         storage.point(self.path / "final", f"rounds/{round:04d}")
 
     def latest(self) -> tuple[int, Bundle, list[str]] | None:
-        """Return the newest whole round, its state, and what was wrong with newer ones (now set aside); None if none."""
-        problems = []
+        """Return the newest whole round, its state, and what was wrong with newer ones, now set aside.
+
+        None if the run has no round yet. Raises: RunFolderError if it has some and all are damaged.
+        """
+        problems: list[str] = []
         for round in reversed(self.rounds()):
             folder = self.round_path(round)
             problem = _damage(folder)

@@ -138,8 +138,8 @@ def enrol(
     for tier, count in zip(config.tiers, counts, strict=True):
         if count == 0:
             raise ConfigError(
-                f"clients.tiers: tier {tier.name!r} with share {tier.share:g} gets none of the {len(examples)} clients; "
-                f"raise its share or clients.count"
+                f"clients.tiers: tier {tier.name!r} with share {tier.share:g} gets none of the {len(examples)} "
+                f"clients; raise its share or clients.count"
             )
     drawn = [budget for budget, count in zip(budgets, counts, strict=True) for _ in range(count)]
     order = seeds.numpy("tiers").permutation(len(drawn))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -108,6 +108,7 @@ class PeakMemory:
     """The highest resident (CPU) or allocated (CUDA) memory since `measuring` was entered, in bytes."""
 
     def __init__(self, device: torch.device) -> None:
+        """Measure the memory of this device."""
         self._device = device
         self.bytes = 0
 
@@ -132,9 +133,7 @@ def measuring(device: torch.device) -> Iterator[PeakMemory]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: reset VmHWM
-        except OSError:
-            pass
     yield peak
     peak.read()

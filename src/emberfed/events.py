@@ -72,5 +72,5 @@ Event = RoundStarted | Step | ClientDone | EvaluationProgress | RoundDone | Noti
 Listener = Callable[[Event], None]
 
 
-def ignore(event: Event) -> None:  # noqa: ARG001
+def ignore(event: Event) -> None:
     """Listen to nothing."""

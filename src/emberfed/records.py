@@ -39,7 +39,9 @@ class Bundle:
     def to_bytes(self) -> bytes:
         """Serialise to safetensors; the same content always gives the same bytes."""
         tensors = {name: self.tensors[name].detach().cpu().contiguous() for name in sorted(self.tensors)}
-        return safetensors.torch.save(tensors, {"meta": json.dumps(dict(self.meta), sort_keys=True, allow_nan=False)})
+        meta = json.dumps(dict(self.meta), sort_keys=True, allow_nan=False)
+        data: bytes = safetensors.torch.save(tensors, {"meta": meta})
+        return data
 
     @staticmethod
     def from_bytes(data: bytes) -> Bundle:

@@ -31,14 +31,14 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise ConfigError(f"key {key!r} is given twice (line {key_node.start_mark.line + 1}); keep one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -118,7 +118,7 @@ def _index(part: str, items: Sequence[Any], assignment: str) -> int:
 
 
 def validate(section: type[S], values: Any, where: str) -> S:
-    """Check `values` against `section`. Raises: ConfigError with one line per problem, the closest key for unknown ones."""
+    """Check `values` against `section`. Raises: ConfigError naming each bad key, and the closest for unknown ones."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a section with keys, found {values!r}")
     try:

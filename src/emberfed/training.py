@@ -156,6 +156,7 @@ class Trainer:
     """The local training loop with its options; methods hold one and call `train`."""
 
     def __init__(self, config: TrainingConfig, listen: events.Listener = events.ignore) -> None:
+        """Take the options and who hears of steps."""
         self.config = config
         self._listen = listen
 

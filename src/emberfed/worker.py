@@ -23,6 +23,7 @@ class MemoryFolder:
     """Each client's own memory, on its own disk, kept by round so that a repeated round starts from the same one."""
 
     def __init__(self, folder: Path) -> None:
+        """Keep memories below `folder`."""
         self._folder = folder
 
     def read(self, client: str, before_round: int) -> Bundle:
@@ -68,7 +69,7 @@ class Worker:
             raise
         except EmberfedError as error:
             return ClientFailed(job.round, job.client, str(error))
-        except Exception as error:  # noqa: BLE001 - a client's bug must not end the federation
+        except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
             return ClientFailed(job.round, job.client, f"{type(error).__name__} at {where}: {error}")

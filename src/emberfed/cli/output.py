@@ -24,7 +24,7 @@ class Output(ABC):
     def result(self, document: Any, *renderables: RenderableType) -> None:
         """Give the result, which is both a JSON document and something to look at."""
 
-    def failure(self, message: str, code: int) -> None:  # noqa: ARG002
+    def failure(self, message: str, code: int) -> None:
         """Give an error: one line on standard error, without the colours where it is no terminal."""
         console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         console.print(Text("emberfed: ", style="bold red") + Text(message), soft_wrap=True)
@@ -47,7 +47,7 @@ class Output(ABC):
 class Human(Output):
     """Tables and sentences."""
 
-    def result(self, document: Any, *renderables: RenderableType) -> None:  # noqa: ARG002
+    def result(self, document: Any, *renderables: RenderableType) -> None:
         """Print what there is to look at."""
         console = Console(markup=False, highlight=False, emoji=False)
         for renderable in renderables:
@@ -59,7 +59,7 @@ class Human(Output):
 class Machine(Output):
     """One JSON document on standard output and nothing else."""
 
-    def result(self, document: Any, *renderables: RenderableType) -> None:  # noqa: ARG002
+    def result(self, document: Any, *renderables: RenderableType) -> None:
         """Print the document; a number that was not recorded is null."""
         print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False), file=sys.stdout)
 

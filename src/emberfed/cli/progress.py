@@ -204,7 +204,7 @@ class Lines(Display):
         """Print a line if the event deserves one."""
         line = self._line(event)
         if line:
-            print(line, file=sys.stderr, flush=True)
+            print(line.replace("\xa0", " "), file=sys.stderr, flush=True)  # logs are searched: only plain spaces
 
     def _line(self, event: events.Event) -> str | None:
         if isinstance(event, events.RoundStarted) and event.round == 0:

@@ -49,7 +49,7 @@ class Stop:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         for other in _SIGNALS:
             signal.signal(other, signal.SIG_DFL)

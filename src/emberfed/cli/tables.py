@@ -26,7 +26,7 @@ def quality(summary: Summary) -> Table:
     """Quality by tier before and after."""
     rounds = f"{summary.rounds} round" if summary.rounds == 1 else f"{summary.rounds} rounds"
     table = plain_table(f"Held-out quality before → after {rounds}")
-    table.add_column("Tier")
+    table.add_column("Tier", overflow="fold")
     for name in ("K", "ROUGE-L", "Change", "Loss", "Change"):
         table.add_column(name, justify="right", no_wrap=True)
     for tier in summary.tiers:
@@ -82,7 +82,7 @@ def _every_k(summary: Summary) -> str:
 def evaluations(lines: Sequence[Mapping[str, Any]]) -> Table:
     """Evaluations at several K, and ROUGE-L by category where there is more than one."""
     table = plain_table(f"Held-out quality after round {lines[0]['round']}, {lines[0]['examples']} examples")
-    table.add_column("Tier")
+    table.add_column("Tier", overflow="fold")
     names = ("K", "ROUGE-L", "Loss", "Perplexity", "Time")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)

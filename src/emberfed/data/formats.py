@@ -89,7 +89,7 @@ def _instruction(instruction: str, context: str, response: str) -> Callable[[Rec
 
 def _conversation(column: str, role: str, content: str) -> Callable[[Record, str], dict[str, Any]]:
     def read(record: Record, where: str) -> dict[str, Any]:
-        return conversation(_turns(record.get(column), role, content, f"{where}, {column!r}"), where)
+        return conversation(_turns(record.get(column), role, content, f"{where}, {column!r}"))
 
     return read
 
@@ -98,11 +98,11 @@ def _prompt_completion(record: Record, where: str) -> dict[str, Any]:
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         turns = [_turns(value, "role", "content", where) for value in (prompt, completion)]
-        return conversation([*turns[0], *turns[1]], where)
+        return conversation([*turns[0], *turns[1]])
     return _instruction("prompt", "", "completion")(record, where)
 
 
-def conversation(turns: Sequence[Mapping[str, str]], where: str) -> dict[str, Any]:
+def conversation(turns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Map a conversation: its last assistant turn is the response, the user turn before it the instruction.
 
     What comes before is history. A conversation without such a pair has an empty response (it is dropped and counted).

@@ -62,8 +62,8 @@ def partition(records: datasets.Dataset, config: PartitionConfig, clients: int, 
     """Divide the records over clients; the same seed gives the same partition.
 
     Raises:
-        DataError: if there are fewer records than clients, the column does not exist, a client would get nothing, or the
-            partition cannot be made; it says what to change.
+        DataError: if there are fewer records than clients, the column does not exist, a client would get nothing, or
+            the partition cannot be made; it says what to change.
     """
     if len(records) < clients:
         raise DataError(f"{len(records)} training examples cannot be divided over {clients} clients; use fewer clients")
@@ -175,7 +175,8 @@ def _check_column(records: datasets.Dataset, column: str, kind: str) -> None:
     usable = [name for name in records.column_names if name not in ("instruction", "context", "response", "history")]
     if column not in usable:
         raise DataError(
-            f"partition {kind!r}: the data has no column {column!r}{closest(column, usable)} (there are {sorted(usable)})"
+            f"partition {kind!r}: the data has no column {column!r}{closest(column, usable)} "
+            f"(there are {sorted(usable)})"
         )
     if len(set(records[column])) < 2:
         raise DataError(f"partition {kind!r}: column {column!r} has one value in all examples; choose another column")

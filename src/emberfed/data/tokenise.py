@@ -104,8 +104,8 @@ class Shard:
 def tokenise(records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, where: str) -> Shard:
     """Tokenise records of the schema of `formats`.
 
-    Examples longer than `max_length` first lose the left of their prompt, down to half of `max_length` (its end, with the
-    marker of the response, stays), then the end of their response. What is left always has a target.
+    Examples longer than `max_length` first lose the left of their prompt, down to half of `max_length` (its end,
+    with the marker of the response, stays), then the end of their response. What is left always has a target.
 
     Args:
         records: Rows with instruction, context, response, category, history.

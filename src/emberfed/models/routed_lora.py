@@ -14,7 +14,7 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 (the name everybody uses)
+from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "emberfed_routed"

@@ -245,7 +245,11 @@ def _failures(run: RunFolder) -> Html:
 def _setup(run: RunFolder) -> Html:
     info = run.info
     parts = [_details("Configuration", tag("pre", tag("code", run.config), tabindex="0"))] if run.config else []
-    for title, values in (("Versions", info.versions), ("Hardware", info.hardware), ("Model", info.model.model_dump())):
+    for title, values in (
+        ("Versions", {"git commit": info.git, **info.versions}),
+        ("Hardware", info.hardware),
+        ("Model", info.model.model_dump()),
+    ):
         known = {key: value for key, value in values.items() if value not in (None, "") and value == value}
         if known:
             parts.append(_details(title, tables.settings(title, known)))

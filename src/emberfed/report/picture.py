@@ -95,6 +95,8 @@ def _draw_bars(axes: Axes, lines: Lines) -> None:
     axes.grid(visible=True, axis="y")
     axes.set_ylabel("ROUGE-L")
     axes.margins(y=0.14)
+    # Scores near nought must look like it.
+    axes.set_ylim(0, max(axes.get_ylim()[1], 0.1))
     axes.set_title(f"{_when(lines)}, by tier", pad=12)
 
 

@@ -161,6 +161,7 @@ class RunInfo(_Record):
     emberfed_version: str = ""
     created: str = ""
     method: Method = Method()
+    git: str | None = None
     seed: int | None = None
     versions: dict[str, Any] = {}
     hardware: dict[str, Any] = {}
