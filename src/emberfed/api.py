@@ -12,6 +12,7 @@ from emberfed import assembly, clients, config, events, rounds, storage
 from emberfed.checkpoint import RunFolder, check_free
 from emberfed.config import RunConfig
 from emberfed.errors import ConfigError, RunFolderError
+from emberfed.models.loading import cpu_threads
 from emberfed.records import Json
 from emberfed.report import write_report
 from emberfed.sections import override
@@ -50,9 +51,11 @@ def run(
     checked = _config(source, overrides)
     path = Path(output) if output is not None else free_path(checked, source)
     check_free(path)
-    material = assembly.gather(checked)
-    folder = assembly.start(checked, path, material)
-    return _carry_out(checked, folder, material, listen)
+    with cpu_threads(checked.model.threads):
+        material = assembly.gather(checked)
+        folder = assembly.start(checked, path, material)
+        with folder.locked():
+            return _carry_out(checked, folder, material, listen)
 
 
 def resume(path: str | Path, *, rounds: int | None = None, listen: events.Listener = events.ignore) -> Run:
@@ -73,11 +76,11 @@ def resume(path: str | Path, *, rounds: int | None = None, listen: events.Listen
         if rounds < done:
             raise ConfigError(f"{path} has {done} rounds already; --rounds must be at least that, found {rounds}")
         checked = replace(checked, training=checked.training.model_copy(update={"rounds": rounds}))
-    with folder.locked():
+    with folder.locked(), cpu_threads(checked.model.threads):
         material = assembly.gather(checked)
         assembly.check_same_data(folder, material)
         storage.write(folder.path / "config.yaml", checked.yaml().encode())
-    return _carry_out(checked, folder, material, listen)
+        return _carry_out(checked, folder, material, listen)
 
 
 def evaluate(
@@ -97,7 +100,7 @@ def evaluate(
     checked = config.load(folder.path / "config.yaml")
     if not folder.rounds():
         raise RunFolderError(f"{path} holds no whole round yet; go on with `emberfed resume {path}`")
-    with folder.locked():
+    with folder.locked(), cpu_threads(checked.model.threads):
         material = assembly.gather(checked)
         assembly.check_same_data(folder, material)
         found = folder.latest()
@@ -132,10 +135,9 @@ def _config(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[s
 
 def _carry_out(checked: RunConfig, folder: RunFolder, material: assembly.Material, listen: events.Listener) -> Run:
     federation = assembly.federate(checked, folder, material, listen)
-    with folder.locked():
-        try:
-            rounds.run(federation, folder, listen)
-        finally:
-            federation.engine.close()
-        write_report([folder.path], folder.path / "report.html")
+    try:
+        rounds.run(federation, folder, listen)
+    finally:
+        federation.engine.close()
+    write_report([folder.path], folder.path / "report.html")
     return Run(folder.path)

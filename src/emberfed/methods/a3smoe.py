@@ -1,4 +1,4 @@
-"""A3SMoE: activation-aware aggregation for adaptive sparse mixture-of-experts, in the words of its algorithm box.
+"""A3SMoE (Tran, Le, Pham: "Revisiting Sparse Mixture of Experts for Resource-adaptive Federated Fine-tuning").
 
 Every client holds the whole global LoRA and trains it with as many active experts as its tier affords (eq. 1, 4).
 The server averages experts by how much each client used them (eq. 7) and everything else by data size (eq. 8).
@@ -53,7 +53,10 @@ class A3SMoE(Method):
     """Per-client top-K with activation-aware aggregation."""
 
     title = "A³SMoE"
-    paper = "A3SMoE, equations 1-8"
+    paper = (
+        "Tran, Le, Pham: Revisiting Sparse Mixture of Experts for Resource-adaptive Federated Fine-tuning "
+        "Foundation Models"
+    )
     Config = A3SMoEConfig
     AdapterConfig = lora.LoraConfig
 

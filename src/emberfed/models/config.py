@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from emberfed.sections import Section
 
 
@@ -16,6 +18,8 @@ class ModelConfig(Section):
         tokenizer: Hub id or folder of the tokenizer; None is `path`.
         dtype: Number format of the frozen base; `auto` is the checkpoint's own. Adapters are float32 always.
         device: `auto` is the first CUDA device where there is one, else the CPU.
+        threads: CPU threads; None is torch's choice. On CPUs the bits of a result depend on their number, and a tiny
+            model is no faster with many.
     """
 
     path: str = "builtin"
@@ -23,3 +27,4 @@ class ModelConfig(Section):
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)

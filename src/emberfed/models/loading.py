@@ -37,6 +37,17 @@ def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
     return SparseModel(lm.to(device)), load_tokenizer(config)
 
 
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Let torch compute with that many CPU threads inside the context; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if number is None else number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load only the tokenizer. Raises: ModelError if it cannot be found or read."""
     path = model_path(config) if config.tokenizer is None else config.tokenizer
