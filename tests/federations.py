@@ -27,7 +27,7 @@ def write_records(path: Path, count: int = 48) -> Path:
     return path
 
 
-def config(model: Path, data: Path, **sections: Any) -> dict[str, Any]:
+def config(model: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
     """Return a config of four clients on three tiers that trains in a second; sections given replace its own keys."""
     values: dict[str, Any] = {
         "seed": 3,

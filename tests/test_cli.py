@@ -1,39 +1,24 @@
-"""The command line: what it prints where, its exit codes, and that stopping it loses nothing."""
+"""The commands: what they print where, their exit codes and errors."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
-import yaml
-from click.testing import Result
+from commands import invoke, write_config
 from federations import bits, config
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import Field
-from rich.console import Console
-from run_folder_example import write_run
-from typer.testing import CliRunner
 
 import emberfed
 from emberfed import config as configuration
-from emberfed import events
-from emberfed.cli import tables
-from emberfed.cli.app import app
 from emberfed.cli.options import attribute_docs, kind, options
-from emberfed.cli.progress import Bars, Lines, Plan, Position
-from emberfed.cli.stopping import Stop, resumable
-from emberfed.cli.summary import summarise
+from emberfed.cli.stopping import resumable
 from emberfed.cli.template import annotated
-from emberfed.errors import ConfigError, Interrupted, RoundFailed
+from emberfed.errors import ConfigError, RoundFailed
 from emberfed.method import load_method, method_names
 from emberfed.sections import Section, parse_yaml
 
@@ -50,20 +35,6 @@ COMMANDS = (
 )
 
 
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "emberfed", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def write_config(path: Path, values: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
 @pytest.fixture(scope="session")
 def config_file(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A federation that trains in a second. Do not write to it."""
@@ -74,9 +45,6 @@ def config_file(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pyte
 def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run. Do not write to it."""
     return emberfed.run(config_file, output=tmp_path_factory.mktemp("cli-run") / "run").path
-
-
-# --- help, version, lists ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -126,9 +94,6 @@ def test_models_lists_the_families() -> None:
     document = json.loads(invoke("models", "--json").stdout)
     assert "olmoe" in [family["model_type"] for family in document["families"]]
     assert "olmoe" in invoke("models").stdout
-
-
-# --- run, resume, evaluate, report ------------------------------------------------------------------------------------
 
 
 def test_run_prints_plain_progress_and_a_table(config_file: Path, tmp_path: Path) -> None:
@@ -235,9 +200,6 @@ def test_doctor_names_every_part() -> None:
     assert not broken, broken
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -299,251 +261,6 @@ def test_bugs_keep_their_traceback() -> None:
     """Only the errors users can meet become one line."""
     with pytest.raises(ZeroDivisionError), resumable(Path("nowhere")):
         raise ZeroDivisionError
-
-
-# --- stopping ---------------------------------------------------------------------------------------------------------
-
-
-def read_until(process: subprocess.Popen[str], beginning: str) -> list[str]:
-    """Read the process's progress up to the line that begins so."""
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith(beginning):
-            return lines
-    raise AssertionError(f"no line begins with {beginning!r}: {lines}")
-
-
-def test_interrupted_terminated_resumed_same_bits(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """A real Ctrl-C in round 1, a real SIGTERM in round 2: the finished clients stay, and the bits are the same."""
-    training = {"rounds": 2, "local_epochs": 8}
-    values = config(tiny_model_folder, tiny_data, training=training, evaluation={"every": 0, "max_examples": 2})
-    file, path = write_config(tmp_path / "slow.yaml", values), tmp_path / "run"
-    whole = emberfed.run(file, output=tmp_path / "whole")
-
-    process = start("run", file, "--output", path, "--json")
-    read_until(process, "round 1: client c0 done")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == Interrupted.exit_code
-    message = f"stopped; finished clients are kept. Go on with: emberfed resume {path}"
-    assert err.splitlines()[-1] == f"emberfed: {message}"
-    assert "Traceback" not in err
-    assert json.loads(out) == {"error": message, "exit_code": Interrupted.exit_code}
-
-    process = start("resume", path)
-    lines = read_until(process, "round 2: client c1 done")
-    waiting = next(int(line.split()[4]) for line in lines if line.startswith("round 1 of 2: "))
-    assert waiting < 4, "c0 was kept"
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == Interrupted.exit_code
-    assert (out, err.splitlines()[-1]) == ("", f"emberfed: {message}")
-    assert not (path / "final").exists()
-
-    result = invoke("resume", path)
-    assert result.exit_code == 0, result.stderr
-    assert bits(path) == bits(whole.path)
-
-
-def test_stopped_before_anything_was_written(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted, match="nothing was written"), resumable(tmp_path):
-        raise KeyboardInterrupt
-
-
-def test_a_lost_interrupt_comes_back_with_the_next_event() -> None:
-    """Python drops exceptions raised in destructors; a stop that fell into one must not be forgotten."""
-    stop = Stop()
-    heard: list[events.Event] = []
-    listen = stop.before(heard.append)
-    first, second = events.Notice("warning", "one"), events.Notice("warning", "two")
-    before = signal.getsignal(signal.SIGINT)
-    with stop.on_signals():
-        listen(first)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a second Ctrl-C kills"
-        with pytest.raises(KeyboardInterrupt):
-            listen(second)
-    assert heard == [first]
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def closed_pipe() -> Iterator[int]:
-    """The writing end of a pipe nobody reads."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    yield writing
-    os.close(writing)
-
-
-def test_a_closed_standard_output_is_no_traceback(closed_pipe: int) -> None:
-    command = [sys.executable, "-m", "emberfed", "models", "--json"]
-    done = subprocess.run(command, stdout=closed_pipe, stderr=subprocess.PIPE, text=True)
-    assert done.stderr == ""
-
-
-def test_a_closed_standard_error_does_not_fail_clients(config_file: Path, tmp_path: Path, closed_pipe: int) -> None:
-    """Whoever read the progress went away (`2>&1 | head`): the run goes on unseen, to the end."""
-    path = tmp_path / "run"
-    arguments = ["run", config_file, "--output", path, "--set", "training.rounds=1", "--set", "evaluation.every=0"]
-    command = [sys.executable, "-m", "emberfed", *map(str, arguments), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=closed_pipe, text=True)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["problems"] == []
-    assert (path / "report.html").is_file()
-
-
-def quickstart_events() -> list[events.Event]:
-    """What a run of two clients, one tier and one round says, with one client that fails."""
-    return [
-        events.RoundStarted(0, 1, 0),
-        events.EvaluationProgress(0, "phone", 1, 2),
-        events.EvaluationProgress(0, "phone", 2, 2),
-        events.RoundDone(0, {"phone": 0.25}, 3.0),
-        events.RoundStarted(1, 1, 2),
-        events.Step("c0", 1, 1, 2.5),
-        events.ClientDone(1, "c0", None),
-        events.ClientDone(1, "c1", "failed: [bold]no[/bold] memory"),
-        events.Notice("warning", "look [here]"),
-        events.EvaluationProgress(1, "phone", 2, 2),
-        events.RoundDone(1, {"phone": 0.5}, 4.0),
-    ]
-
-
-def test_bars_keep_rounds_and_problems_above_them() -> None:
-    terminal = io.StringIO()
-    console = Console(file=terminal, force_terminal=True, width=80, markup=False, highlight=False, color_system=None)
-    with Bars(Plan(rounds=1, clients=2, tiers=1, every=1), console) as bars:
-        for event in quickstart_events():
-            bars(event)
-        assert bars.position.done == bars.position.plan.total == 4
-    text = terminal.getvalue().replace("\xa0", " ")
-    for line in (
-        "before         3.00 s  phone 0.250",
-        "round 1        4.00 s  phone 0.500",
-        "round 1: client c1 failed: [bold]no[/bold] memory",
-        "warning: look [here]",
-    ):
-        assert line in text, line
-    assert text.count("ROUGE-L by tier") == 1
-
-
-def test_lines_are_one_per_client_and_round(capsys: pytest.CaptureFixture[str]) -> None:
-    with Lines(Plan(rounds=1, clients=2, tiers=1, every=1)) as lines:
-        for event in quickstart_events():
-            lines(event)
-    assert capsys.readouterr().err.splitlines() == [
-        "before training: evaluating",
-        "before training: done in 3.00 s, ROUGE-L phone 0.250",
-        "round 1 of 1: 2 clients to train",
-        "round 1: client c0 done (1 of 2), step 1/1  loss 2.50",
-        "round 1: client c1 failed: [bold]no[/bold] memory",
-        "warning: look [here]",
-        "round 1 of 1: done in 4.00 s, ROUGE-L phone 0.500",
-    ]
-
-
-# --- how far, how long ------------------------------------------------------------------------------------------------
-
-
-def test_the_plan_counts_work_by_hand() -> None:
-    """4 rounds of 3 clients; evaluations of 2 tiers before round 1, after rounds 2 and 4 (every 2nd and the last)."""
-    plan = Plan(rounds=4, clients=3, tiers=2, every=2)
-    assert plan.total == 4 * 3 + 3 * 2
-    assert plan.units(range(3)) == 2 + 3 + 3 + 2
-    assert Plan(rounds=0, clients=0, tiers=5, every=0).total == 5
-    assert Plan(rounds=3, clients=1, tiers=1, every=0).total == 3 + 2
-
-
-def test_time_left_by_hand() -> None:
-    """2 clients took 10 s each, a tier 3 s; left: 2 clients of this round, 4 of the next, 1 + 1 tiers."""
-    position = Position(Plan(rounds=2, clients=4, tiers=1, every=1), 100.0)
-    assert position.seconds_left is None
-    position = position.after(events.EvaluationProgress(0, "phone", 4, 4), 103.0)
-    assert position.seconds_left is None, "nobody has trained yet"
-    position = position.after(events.RoundStarted(1, 2, 4), 104.0)
-    position = position.after(events.ClientDone(1, "c0", None), 114.0)
-    position = position.after(events.ClientDone(1, "c1", "failed: no"), 124.0)
-    assert position.seconds_left == pytest.approx(6 * 10 + 2 * 3)
-    assert position.done == 1 + 2
-
-
-@given(
-    rounds=st.integers(1, 4),
-    clients=st.integers(1, 5),
-    tiers=st.integers(1, 4),
-    every=st.integers(0, 3),
-    kept=st.integers(0, 4),
-    steps=st.integers(1, 3),
-)
-def test_progress_never_goes_back_and_ends_at_the_end(
-    rounds: int, clients: int, tiers: int, every: int, kept: int, steps: int
-) -> None:
-    """Any run, the first round of it resumed with some clients already kept."""
-    plan = Plan(rounds, clients, tiers, every)
-    heard: list[events.Event] = []
-    for round in range(rounds + 1):
-        waiting = 0 if round == 0 else max(clients - kept, 0) if round == 1 else clients
-        heard.append(events.RoundStarted(round, rounds, waiting))
-        for client in range(waiting):
-            heard += [events.Step(f"c{client}", step + 1, steps, 1.0) for step in range(steps)]
-            heard.append(events.ClientDone(round, f"c{client}", None))
-        if plan.evaluated(round):
-            heard += [events.EvaluationProgress(round, f"t{tier}", done, 2) for tier in range(tiers) for done in (1, 2)]
-        heard.append(events.RoundDone(round, {}, 1.0))
-    position = Position(plan, 0.0)
-    for second, event in enumerate(heard, start=1):
-        after = position.after(event, float(second))
-        assert after.done >= position.done, event
-        assert after.seconds_left is None or after.seconds_left >= 0
-        position = after
-    assert position.done == pytest.approx(plan.total)
-    assert position.seconds_left in (None, 0.0) if kept >= clients and rounds == 1 else position.seconds_left == 0
-
-
-# --- summaries, options, template -------------------------------------------------------------------------------------
-
-
-def test_the_summary_adds_up(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run")
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    rounds = [line for line in lines if line["event"] == "round"]
-    summary = summarise(path)
-    assert summary.rounds == 3
-    assert summary.bytes_down == sum(line["bytes_down"] for line in rounds)
-    before = sum(line["seconds"] for line in lines if line["event"] == "evaluation" and line["round"] == 0)
-    assert summary.seconds == pytest.approx(before + sum(line["seconds"] for line in rounds))
-    assert summary.problems == ("round 2: client c3 failed: non-finite loss at step 4",)
-    assert [tier.top_k for tier in summary.tiers] == [1, 2, 4, 8]
-
-
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_tables_fit(tmp_path: Path, width: int) -> None:
-    """No number is cut off, whatever the width of the terminal."""
-    summary = summarise(write_run(tmp_path / "run"))
-    console = Console(file=io.StringIO(), width=width)
-    with console.capture() as capture:
-        console.print(tables.quality(summary), tables.costs(summary))
-    text = capture.get()
-    assert max(len(line) for line in text.splitlines()) <= width
-    for tier in summary.tiers:
-        assert f"{tier.rouge_l_before:.3f} → {tier.rouge_l_after:.3f}" in text
-    assert "…" not in text
-
-
-def test_a_run_without_metrics_has_a_summary(tmp_path: Path) -> None:
-    """Nothing recorded is null in JSON, not zero."""
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    summary = summarise(tmp_path)
-    assert summary.tiers == ()
-    assert summary.rounds == 0
-    assert summary.seconds != summary.seconds, "not a number: nothing was recorded"
 
 
 class Sample(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -141,15 +141,19 @@ def _explain(section: type[BaseModel], problem: Mapping[str, Any], where: str) -
 
 
 def _fields_at(section: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """Names allowed at a location, walking nested sections, lists of sections and optional ones."""
+    """Names allowed at a location, walking nested sections, lists of them, and unions told apart by a tag."""
+    here = [section]
     for part in location:
-        field = section.model_fields.get(part)
-        if field is None:
-            continue  # a list index, or the tag of a union
-        for candidate in _sections_in(field.annotation):
-            section = candidate
-            break
-    return list(section.model_fields)
+        tagged = [candidate for candidate in here if len(here) > 1 and part in _tags(candidate)]
+        fields = [candidate.model_fields[part] for candidate in here if part in candidate.model_fields]
+        below = [found for field in fields for found in _sections_in(field.annotation)]
+        here = tagged or below or here  # neither: a list index
+    return sorted({name for candidate in here for name in candidate.model_fields})
+
+
+def _tags(section: type[BaseModel]) -> list[Any]:
+    literals = [field.annotation for field in section.model_fields.values() if get_origin(field.annotation) is Literal]
+    return [value for literal in literals for value in get_args(literal)]
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

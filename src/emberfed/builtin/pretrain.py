@@ -49,10 +49,10 @@ class Recipe:
     router_aux_loss_coef: float = 0.01
     max_positions: int = 512
     sequence_tokens: int = 256
-    batch_size: int = 16
-    steps: int = 2400
+    batch_size: int = 8
+    steps: int = 3200
     warmup_steps: int = 100
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     threads: int = 2
 

@@ -21,6 +21,8 @@ from emberfed.seeds import Seeds
 _WIDEST_MATRIX = 10
 """Clients up to which labels are a table of their own, a column per client; it fits 80 characters."""
 
+_MOST_FREQUENT = "Most frequent labels"
+
 
 def inspect_data(config: RunConfig) -> Inspection:
     """Load, divide and tokenise as a run would. Raises: DataError, ModelError."""
@@ -37,21 +39,18 @@ def inspect_data(config: RunConfig) -> Inspection:
 def tables(inspection: Inspection) -> list[RenderableType]:
     """Return what there is to see: clients, labels where there are several, and what loading did."""
     totals = _total_labels(inspection)
-    shown: list[RenderableType] = [_clients(inspection)]
-    if len(totals) > 1 and len(inspection.clients) <= _WIDEST_MATRIX:
-        shown.append(_labels(inspection, totals))
-    return [*shown, _loading(inspection)]
+    if len(totals) < 2:
+        return [_clients(inspection, ()), _loading(inspection)]
+    if len(inspection.clients) <= _WIDEST_MATRIX:
+        return [_clients(inspection, ("Skew",)), _labels(inspection, totals), _loading(inspection)]
+    return [_clients(inspection, ("Skew", _MOST_FREQUENT)), _loading(inspection)]
 
 
-def _clients(inspection: Inspection) -> Table:
-    labelled = len(_total_labels(inspection)) > 1
+def _clients(inspection: Inspection, label_columns: tuple[str, ...]) -> Table:
     table = plain_table("Clients")
     table.add_column("Client", no_wrap=True)
-    for name in ("Examples", "Target tokens", "Cut", "Dropped"):
-        table.add_column(name, justify="right")
-    if labelled:
-        table.add_column("Skew", justify="right")
-        table.add_column("Most frequent labels")
+    for name in ("Examples", "Target tokens", "Cut", "Dropped", *label_columns):
+        table.add_column(name, justify="left" if name == _MOST_FREQUENT else "right")
     for data in inspection.clients:
         report = data.report
         cells = [
@@ -60,8 +59,8 @@ def _clients(inspection: Inspection) -> Table:
             numbers.count(report.truncated_prompts + report.truncated_responses),
             numbers.count(report.without_target),
         ]
-        labels = [f"{data.skew:.2f}", _most_frequent(data)] if labelled else []
-        table.add_row(data.client, *cells, *labels)
+        labels = {"Skew": f"{data.skew:.2f}", _MOST_FREQUENT: _most_frequent(data)}
+        table.add_row(data.client, *cells, *(labels[name] for name in label_columns))
     return table
 
 

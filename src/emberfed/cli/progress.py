@@ -200,8 +200,16 @@ class Display(ABC):
 class Lines(Display):
     """One plain line per client and round, without control characters."""
 
+    def __init__(self, plan: Plan) -> None:
+        """Print the progress of `plan`."""
+        super().__init__(plan)
+        self._last_steps: dict[str, events.Step] = {}
+
     def show(self, event: events.Event) -> None:
         """Print a line if the event deserves one."""
+        if isinstance(event, events.Step):
+            self._last_steps[event.client] = event
+            return
         line = self._line(event)
         if line:
             print(line.replace("\xa0", " "), file=sys.stderr, flush=True)  # logs are searched: only plain spaces
@@ -215,7 +223,9 @@ class Lines(Display):
             place = f"round {event.round}: client {event.client}"
             if event.problem is not None:
                 return f"{place} {event.problem}"
-            return f"{place} done ({int(self.position.trained)} of {self.position.waiting}), {self.position.note}"
+            step = self._last_steps.get(event.client)
+            training = f", {_number(step.steps, 'step')}, loss {step.loss:.2f}" if step else ""
+            return f"{place} done ({int(self.position.trained)} of {self.position.waiting}){training}"
         if isinstance(event, events.EvaluationProgress) and not self.position.plan.rounds and event.done == event.total:
             return f"{event.tier} evaluated"
         if isinstance(event, events.RoundDone):
@@ -284,7 +294,7 @@ class Bars(Display):
         left = here.seconds_left
         self._progress.update(
             self._run,
-            description=f"round {here.round} of {here.plan.rounds}" if here.round else "before training",
+            description=_stage(here),
             completed=here.done,
             total=here.plan.total,
             note="" if left is None else f"{numbers.seconds(round(left)) if left >= 10 else 'a few seconds'} left",
@@ -308,6 +318,12 @@ def display(plan: Plan) -> AbstractContextManager[Display]:
         if console.is_terminal and not console.is_dumb_terminal:
             return Bars(plan, console)
     return Lines(plan)
+
+
+def _stage(position: Position) -> str:
+    if position.plan.rounds == 0:
+        return "all tiers"
+    return f"round {position.round} of {position.plan.rounds}" if position.round else "before training"
 
 
 def _lasting(event: events.Event) -> Text | None:

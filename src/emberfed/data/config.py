@@ -29,16 +29,16 @@ class DirichletPartition(Section):
 
     kind: Literal["dirichlet"]
     by: str = "category"
-    alpha: float = Field(gt=0)
+    alpha: float = Field(gt=0, le=1e6)
     min_examples: int = Field(2, ge=1)
 
 
 class LabelPartition(Section):
-    """Pathological: each client holds only some labels.
+    """Pathological: each client holds only some labels, and every label is with about as many clients as the others.
 
     Attributes:
         by: Column of the labels.
-        labels_per_client: How many of them each client holds.
+        labels_per_client: How many of them each client holds, exactly.
     """
 
     kind: Literal["label"]
@@ -47,10 +47,10 @@ class LabelPartition(Section):
 
 
 class NaturalPartition(Section):
-    """One client per value of a column (the clients the data really came from).
+    """One client per value of a column (the clients the data really came from); `clients.count` is their number.
 
     Attributes:
-        by: Column with the client's name.
+        by: Column with the client's name. A folder of files without that column has one: each file is a client.
     """
 
     kind: Literal["natural"]
@@ -77,8 +77,10 @@ class DataConfig(Section):
     """What is trained on.
 
     Attributes:
-        path: `builtin`, a hub id, a local file (.json, .jsonl, .parquet, .csv), or a folder of such files.
-        split: Split of a hub data set.
+        path: `builtin`, a hub id, a local file (.json, .jsonl, .parquet, .csv), a folder of such files, or a folder
+            that `Dataset.save_to_disk` wrote.
+        split: Split of a hub data set, or of a folder whose file names begin with their split. A folder with
+            `local_training_<i>.json` is Shepherd's: for `train` only those are read.
         format: Shape of the records; `auto` recognises it from their columns.
         limit: Examples kept at most (held-out ones included), chosen at random by the seed; null: all.
         test_size: Examples held out for evaluation, before the rest is divided over clients.
@@ -88,7 +90,7 @@ class DataConfig(Section):
         partition: How the training examples are divided over clients.
     """
 
-    path: str = "builtin"
+    path: str = Field("builtin", min_length=1)
     split: str = "train"
     format: Format = "auto"
     limit: int | None = Field(None, ge=2)

@@ -33,27 +33,37 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
-    "question_answer": ("question", "answer"),
+    "question_answer": ("question", "context", "answer"),
 }
-"""Columns a record of each format has; the first format whose columns are all there is the one."""
+"""Columns a record of each format has; the first format that fits is the one."""
 
-_OPTIONAL = {"dolly": {"context"}, "alpaca": {"input"}}
+_OPTIONAL = {"dolly": "context", "alpaca": "input", "question_answer": "context"}
 
 
 def recognise(columns: Sequence[str]) -> str:
     """Return the format of records with these columns. Raises: DataError listing what was found and what is known."""
-    for name, wanted in _COLUMNS.items():
-        if set(wanted) - _OPTIONAL.get(name, set()) <= set(columns):
+    for name in _COLUMNS:
+        if not _missing(name, columns) and not _stray(name, columns):
             return name
     known = "; ".join(f"{name}: {', '.join(wanted)}" for name, wanted in _COLUMNS.items())
     raise DataError(f"the columns {sorted(columns)} are of no known format ({known}); rename them or convert the file")
+
+
+def _missing(format: str, columns: Sequence[str]) -> list[str]:
+    return sorted(set(_COLUMNS[format]) - {_OPTIONAL.get(format)} - set(columns))
+
+
+def _stray(format: str, columns: Sequence[str]) -> bool:
+    """Whether the context is under another format's name: read as this format it would be lost without a word."""
+    own = _OPTIONAL.get(format)
+    return own is not None and own not in columns and bool(set(_OPTIONAL.values()) & set(columns))
 
 
 def check_columns(format: Format, columns: Sequence[str]) -> str:
     """Return the format to use. Raises: DataError if the records lack a column of the format asked for."""
     if format == "auto":
         return recognise(columns)
-    missing = sorted(set(_COLUMNS[format]) - _OPTIONAL.get(format, set()) - set(columns))
+    missing = _missing(format, columns)
     if missing:
         raise DataError(f"data.format {format!r} needs the column {missing[0]!r}; the data has {sorted(columns)}")
     return format
@@ -75,11 +85,11 @@ def _text(record: Record, key: str, where: str) -> str:
     return str(value).strip()
 
 
-def _instruction(instruction: str, context: str, response: str) -> Callable[[Record, str], dict[str, Any]]:
+def _instruction(instruction: str, context: str | None, response: str) -> Callable[[Record, str], dict[str, Any]]:
     def read(record: Record, where: str) -> dict[str, Any]:
         return {
             "instruction": _text(record, instruction, where),
-            "context": _text(record, context, where),
+            "context": "" if context is None else _text(record, context, where),
             "response": _text(record, response, where),
             "history": [],
         }
@@ -89,17 +99,21 @@ def _instruction(instruction: str, context: str, response: str) -> Callable[[Rec
 
 def _conversation(column: str, role: str, content: str) -> Callable[[Record, str], dict[str, Any]]:
     def read(record: Record, where: str) -> dict[str, Any]:
-        return conversation(_turns(record.get(column), role, content, f"{where}, {column!r}"))
+        value = record.get(column)
+        openai = isinstance(value, list) and value and isinstance(value[0], Mapping) and "role" in value[0]
+        names = ("role", "content") if openai else (role, content)
+        return conversation(_turns(value, *names, f"{where}, {column!r}"))
 
     return read
 
 
 def _prompt_completion(record: Record, where: str) -> dict[str, Any]:
     prompt, completion = record.get("prompt"), record.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        turns = [_turns(value, "role", "content", where) for value in (prompt, completion)]
+    if isinstance(prompt, list):
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        turns = [_turns(value, "role", "content", where) for value in (prompt, answer)]
         return conversation([*turns[0], *turns[1]])
-    return _instruction("prompt", "", "completion")(record, where)
+    return _instruction("prompt", None, "completion")(record, where)
 
 
 def conversation(turns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
@@ -119,16 +133,19 @@ def conversation(turns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
 
 
 def _turns(value: Any, role: str, content: str, where: str) -> list[dict[str, str]]:
+    if value is None:  # as any other record without a response: dropped and counted
+        return []
     if not isinstance(value, list):
         raise DataError(f"{where}: expected a list of turns, found {type(value).__name__}")
     turns = []
     for number, turn in enumerate(value):
-        if not isinstance(turn, Mapping) or not isinstance(turn.get(content), str):
+        # A turn that only calls a tool has null content.
+        if not isinstance(turn, Mapping) or content not in turn or not isinstance(turn[content], str | None):
             raise DataError(f"{where}: turn {number} must have {role!r} and {content!r}, found {turn!r:.80}")
         name = _ROLES.get(str(turn.get(role)))
         if name is None:
             raise DataError(f"{where}: turn {number} has the unknown role {turn.get(role)!r}; known: {sorted(_ROLES)}")
-        turns.append({"role": name, "content": turn[content].strip()})
+        turns.append({"role": name, "content": (turn[content] or "").strip()})
     return turns
 
 
@@ -138,5 +155,5 @@ _READERS: dict[str, Callable[[Record, str], dict[str, Any]]] = {
     "sharegpt": _conversation("conversations", "from", "value"),
     "messages": _conversation("messages", "role", "content"),
     "prompt_completion": _prompt_completion,
-    "question_answer": _instruction("question", "", "answer"),
+    "question_answer": _instruction("question", "context", "answer"),
 }

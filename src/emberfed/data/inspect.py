@@ -20,7 +20,7 @@ class ClientData:
     Attributes:
         client: Its id.
         report: What tokenising kept and cut.
-        labels: Examples by category.
+        labels: Examples by the value of the column that the partition divides by, else by category.
         skew: Total variation distance between the client's labels and everybody's, 0 (the same) to 1 (disjoint).
     """
 
@@ -59,14 +59,19 @@ class Inspection:
 
 def inspect(corpus: Corpus, divided: Partition, shards: Mapping[str, Shard]) -> Inspection:
     """Describe a partition."""
-    everybody = Counter(corpus.train["category"])
-    categories = corpus.train["category"]
+    values = [str(value) for value in corpus.train[_label_column(divided)]]
+    everybody = Counter(values)
     clients = []
     for client, rows in divided.rows.items():
-        labels = Counter(categories[row] for row in rows)
+        labels = Counter(values[row] for row in rows)
         named = {label: labels[label] for label in sorted(everybody) if labels[label]}
         clients.append(ClientData(client, shards[client].report, named, total_variation(labels, everybody)))
     return Inspection(corpus.report, tuple(clients))
+
+
+def _label_column(divided: Partition) -> str:
+    """The column whose skew is of interest; by its own name, every natural client would be all skew."""
+    return str(divided.parameters["by"]) if divided.kind in ("dirichlet", "label") else "category"
 
 
 def total_variation(one: Mapping[str, int], other: Mapping[str, int]) -> float:

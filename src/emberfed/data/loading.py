@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import glob
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
 import datasets
+import huggingface_hub
 
 from emberfed.builtin import corpus
 from emberfed.data.config import DataConfig
@@ -22,6 +26,8 @@ from emberfed.seeds import Seeds
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _BUILTIN_TRAINING_EXAMPLES = 480
 _SHEPHERD = re.compile(r"local_training_(\d+)")
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-zA-Z])")
 
 
 @final
@@ -53,7 +59,7 @@ class Corpus:
 
 
 def load(config: DataConfig, seeds: Seeds) -> Corpus:
-    """Load, map to one schema, drop duplicates and empty responses, shuffle, limit, and hold out the test split.
+    """Load, map to one schema, drop duplicates and records without prompt or response, shuffle, limit, hold out.
 
     No (instruction, context, history) is on both sides of the split. The shuffle is drawn from `seeds`.
 
@@ -64,9 +70,11 @@ def load(config: DataConfig, seeds: Seeds) -> Corpus:
     format = check_columns(config.format, raw.column_names)
     kept: dict[str, dict[str, Any]] = {}
     empty = 0
-    for number, record in enumerate(raw):
+    with _explained(config.path):  # text that is not UTF-8 shows only now
+        rows = raw.to_list()
+    for number, record in enumerate(rows):
         mapped = normalise(format, record, f"data {config.path}, record {number + 1}")
-        if not mapped["response"]:
+        if not mapped["response"] or not (mapped["instruction"] or mapped["context"] or mapped["history"]):
             empty += 1
             continue
         kept.setdefault(_key(mapped), {**_scalars(record), **mapped})
@@ -74,7 +82,8 @@ def load(config: DataConfig, seeds: Seeds) -> Corpus:
     order = seeds.numpy("data order").permutation(len(records))[: config.limit]
     if len(order) <= config.test_size:
         raise DataError(
-            f"data {config.path} has {len(order)} usable examples ({raw.num_rows} read, {empty} without response); "
+            f"data {config.path} has {len(order)} usable examples ({raw.num_rows} read, {empty} without prompt "
+            f"or response); "
             f"data.test_size {config.test_size} leaves none to train on; lower it or give more data"
         )
     chosen = datasets.Dataset.from_list([records[index] for index in order])
@@ -109,28 +118,29 @@ def _read(config: DataConfig, seeds: Seeds) -> datasets.Dataset:
         size = config.limit or _BUILTIN_TRAINING_EXAMPLES + config.test_size
         return datasets.Dataset.from_list(corpus(size, seeds.at(part="corpus")))
     path = Path(config.path).expanduser()
-    if path.is_file():
-        return _read_files([path])
-    if path.is_dir():
-        return _read_folder(path)
-    if path.suffix in _BUILDERS or config.path.startswith((".", "/", "~")):
+    with _explained(config.path):
+        is_file, is_folder = path.is_file(), path.is_dir()
+    if is_file:
+        if config.split != "train":
+            raise DataError(f"data.split {config.split!r}: the file {path} has no splits; leave data.split out")
+        return _read_file(path)
+    if is_folder:
+        return _read_folder(path, config.split)
+    if _builder(path) or not _HUB_ID.fullmatch(config.path):
         raise DataError(f"data.path {config.path}: there is no such file or folder")
     return _read_hub(config)
 
 
-def _read_folder(folder: Path) -> datasets.Dataset:
+def _read_folder(folder: Path, split: str) -> datasets.Dataset:
     if (folder / "dataset_info.json").is_file():
         with _explained(str(folder)):
             loaded = datasets.load_from_disk(str(folder), keep_in_memory=True)
         if isinstance(loaded, datasets.DatasetDict):
             raise DataError(f"data.path {folder} holds several splits {sorted(loaded)}; give the folder of one of them")
         return loaded
-    files = sorted((path for path in folder.iterdir() if path.suffix in _BUILDERS), key=_by_number)
-    if not files:
-        raise DataError(f"data.path {folder} holds no file of {', '.join(sorted(_BUILDERS))}")
     parts = []
-    for file in files:
-        part = _read_files([file])
+    for file in _files_of(folder, split):
+        part = _read_file(file)
         shepherd = _SHEPHERD.fullmatch(file.stem)
         client = shepherd[1] if shepherd else file.stem
         parts.append(part if "client" in part.column_names else part.add_column("client", [client] * part.num_rows))
@@ -138,28 +148,69 @@ def _read_folder(folder: Path) -> datasets.Dataset:
         return datasets.concatenate_datasets(parts)
 
 
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """Return the files of a split: Shepherd's clients, else those named after it, else all if none names a split."""
+    with _explained(str(folder)):
+        files = sorted((path for path in folder.iterdir() if _builder(path)), key=_by_number)
+    if not files:
+        raise DataError(f"data.path {folder} holds no file of {', '.join(sorted(_BUILDERS))}")
+    clients = [file for file in files if _SHEPHERD.fullmatch(file.stem)]
+    if clients and split == "train":
+        return clients  # beside them lie files with the same records again
+    named = {file: _SPLIT.match(file.stem) for file in files}
+    chosen = [file for file, match in named.items() if match and match[1] == split]
+    if chosen:
+        return chosen
+    if split == "train" and not any(named.values()):
+        return files
+    found = ", ".join(file.name for file in files[:8])
+    raise DataError(f"data.path {folder} holds no file of the split {split!r} (found: {found}); set data.split or path")
+
+
 def _by_number(path: Path) -> tuple[str, int, str]:
     number = re.search(r"(\d+)$", path.stem)
-    return (path.stem[: number.start()], int(number[0]), "") if number else (path.stem, 0, path.suffix)
+    return (path.stem[: number.start()], int(number[0]), path.name) if number else (path.stem, -1, path.name)
 
 
-def _read_files(files: Sequence[Path]) -> datasets.Dataset:
-    file = files[0]
-    if file.suffix not in _BUILDERS:
+def _builder(path: Path) -> str | None:
+    return _BUILDERS.get(path.suffix.lower())
+
+
+def _read_file(file: Path) -> datasets.Dataset:
+    builder = _builder(file)
+    if builder is None:
         raise DataError(f"data.path {file}: files must end in one of {', '.join(sorted(_BUILDERS))}")
-    if file.stat().st_size == 0:
-        raise DataError(f"data.path {file} is empty")
+    if builder == "json":
+        _check_json(file)
     # The cache is ours and goes away: an edited file must be read again, and a read-only home must not matter.
     with tempfile.TemporaryDirectory() as cache, _explained(str(file)), _quietly():
         loaded = datasets.load_dataset(
-            _BUILDERS[file.suffix],
-            data_files=[str(path) for path in files],
+            builder,
+            data_files=[glob.escape(str(file))],
             split="train",
             cache_dir=cache,
             keep_in_memory=True,
+            **(_csv_options(file) if builder == "csv" else {}),
         )
     assert isinstance(loaded, datasets.Dataset)
     return loaded
+
+
+def _check_json(file: Path) -> None:
+    """Refuse what cannot be records; the library's parser crashes the process on some of it (a lone `null`)."""
+    with _explained(str(file)), file.open(encoding="utf-8-sig") as lines:
+        start = next((line.lstrip()[0] for line in lines if line.strip()), "")
+    if start not in ("{", "["):
+        found = f"it begins with {start!r}" if start else "it is empty"
+        raise DataError(f"data.path {file} must hold one JSON object per line, or a list of objects; {found}")
+
+
+def _csv_options(file: Path) -> dict[str, Any]:
+    """Every CSV column is text: answers such as `None`, `NA` or `007` must stay what they are."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        header = next(csv.reader(lines), [])
+    features = datasets.Features({name: datasets.Value("string") for name in header})
+    return {"features": features, "keep_default_na": False}
 
 
 def _read_hub(config: DataConfig) -> datasets.Dataset:
@@ -180,21 +231,32 @@ def _read_hub(config: DataConfig) -> datasets.Dataset:
 def _explained(where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:200]
-        raise DataError(f"data.path {where} cannot be read ({type(cause).__name__}: {reason})") from None
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        if "corresponds to no data" in reason:  # the library's words for it
+            reason = "it holds no records"
+        raise DataError(f"data.path {where[:200]} cannot be read ({reason[:200]})") from None
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without the library's progress bars and log lines; our own progress is shown instead."""
-    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    hub_log: Any = huggingface_hub.utils.logging
+    shown, level, hub_level = (
+        datasets.is_progress_bar_enabled(),
+        datasets.logging.get_verbosity(),
+        hub_log.get_verbosity(),
+    )
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub_log.set_verbosity(hub_log.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # its CSV reader leaves its file to the collector
+            yield
     finally:
+        hub_log.set_verbosity(hub_level)
         datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()

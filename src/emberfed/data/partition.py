@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 import datasets
+import numpy as np
 from flwr_datasets import partitioner as flwr
 
 from emberfed.clients import client_ids
@@ -93,7 +96,13 @@ def _shares(table: datasets.Dataset, config: PartitionConfig, clients: int, seed
     if isinstance(config, IidPartition):
         return _divide(flwr.IidPartitioner(num_partitions=clients), table)
     if isinstance(config, SizePartition):
-        return _divide(_SIZES[config.sizes](num_partitions=clients), table)
+        try:
+            return _divide(_SIZES[config.sizes](num_partitions=clients), table)
+        except ValueError:
+            raise DataError(
+                f"partition 'size': {config.sizes} sizes leave some of {clients} clients without any of {len(table)} "
+                f"examples; use fewer clients, more data, or sizes: linear"
+            ) from None
     if isinstance(config, NaturalPartition):
         return _natural(table, config, clients)
     if isinstance(config, LabelPartition):
@@ -137,17 +146,29 @@ def _by_label(table: datasets.Dataset, config: LabelPartition, clients: int, see
             f"partition 'label': {clients} clients with {config.labels_per_client} labels each cannot hold the "
             f"{len(labels)} values of column {config.by!r}; raise labels_per_client or the number of clients"
         )
-    divider = flwr.PathologicalPartitioner(
-        num_partitions=clients,
-        partition_by="label",
-        num_classes_per_partition=config.labels_per_client,
-        class_assignment_mode="deterministic",
-        seed=seeds.integer("labels"),
-    )
-    try:
-        return _divide(divider, table)
-    except ValueError as error:
-        raise DataError(f"partition 'label' cannot be made: {' '.join(str(error).split())}") from None
+    # Not flwr's PathologicalPartitioner: it can leave labels, and so rows, with nobody.
+    drawn = seeds.numpy("labels").permutation(len(labels))
+    dealt = [
+        [
+            labels[drawn[(client * config.labels_per_client + place) % len(labels)]]
+            for place in range(config.labels_per_client)
+        ]
+        for client in range(clients)
+    ]
+    shares: list[list[int]] = [[] for _ in range(clients)]
+    values, rows = np.asarray(table["label"]), np.asarray(table[_ROW])
+    for label in labels:
+        holders = [client for client in range(clients) if label in dealt[client]]
+        having = rows[values == label]
+        if len(having) < len(holders):
+            raise DataError(
+                f"partition 'label': {len(holders)} clients hold {config.by} {label!r}, which has "
+                f"{len(having)} examples; "
+                f"lower labels_per_client or use fewer clients"
+            )
+        for client, part in zip(holders, np.array_split(having, len(holders)), strict=True):
+            shares[client].extend(part.tolist())
+    return shares
 
 
 def _natural(table: datasets.Dataset, config: NaturalPartition, clients: int) -> list[list[int]]:
@@ -159,16 +180,17 @@ def _natural(table: datasets.Dataset, config: NaturalPartition, clients: int) ->
         )
     divider = flwr.NaturalIdPartitioner(partition_by="label")
     divider.dataset = table
-    by_name = {
-        divider.partition_id_to_natural_id[number]: list(divider.load_partition(number)[_ROW])
-        for number in range(divider.num_partitions)
-    }
+    with contextlib.redirect_stderr(io.StringIO()):  # it shows a progress bar of its own
+        by_name = {
+            divider.partition_id_to_natural_id[number]: list(divider.load_partition(number)[_ROW])
+            for number in range(divider.num_partitions)
+        }
     return [by_name[name] for name in names]
 
 
 def _natural_order(name: str) -> tuple[bool, int, str]:
     """Numbers by value, then words by letters."""
-    return (False, int(name), "") if name.isdecimal() else (True, 0, name)
+    return (False, int(name), name) if name.isdecimal() else (True, 0, name)
 
 
 def _check_column(records: datasets.Dataset, column: str, kind: str) -> None:
@@ -178,5 +200,12 @@ def _check_column(records: datasets.Dataset, column: str, kind: str) -> None:
             f"partition {kind!r}: the data has no column {column!r}{closest(column, usable)} "
             f"(there are {sorted(usable)})"
         )
-    if len(set(records[column])) < 2:
+    values = list(records[column])
+    without = sum(value is None for value in values)
+    if without:
+        raise DataError(
+            f"partition {kind!r}: {without} of {len(values)} examples have no {column!r}; fill it or choose "
+            f"another column"
+        )
+    if kind != "natural" and len(set(values)) < 2:
         raise DataError(f"partition {kind!r}: column {column!r} has one value in all examples; choose another column")

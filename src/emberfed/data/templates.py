@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from emberfed.data.config import Template
@@ -40,6 +41,11 @@ def _chat(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
         )
     question = f"{record['instruction']}\n\n{record['context']}" if record["context"] else record["instruction"]
     turns: Sequence[Mapping[str, str]] = [*record["history"], {"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template refuses a record ({error}); use data.template 'alpaca' or 'short'"
+        ) from None
     assert isinstance(text, str)
     return text

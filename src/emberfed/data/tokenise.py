@@ -122,8 +122,9 @@ def tokenise(records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, conf
     end = end_of_text(tokenizer)
     texts = [prompt(record, config.template, tokenizer) for record in records]
     # A chat template writes its special tokens itself; other prompts get those the tokenizer puts before a text.
-    prompts = tokenizer(texts, add_special_tokens=config.template != "chat", return_attention_mask=False)["input_ids"]
-    responses = tokenizer(list(records["response"]), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    chat = config.template == "chat"
+    prompts = _token_ids(tokenizer, texts, add_special_tokens=not chat, split_special_tokens=not chat)
+    responses = _token_ids(tokenizer, list(records["response"]), add_special_tokens=False, split_special_tokens=True)
     examples, cut_prompts, cut_responses = [], 0, 0
     for record, prompt_ids, response_ids in zip(records, prompts, responses, strict=True):
         if not response_ids:
@@ -131,7 +132,8 @@ def tokenise(records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, conf
         opening = prompt_ids[:-1] if prompt_ids and prompt_ids[-1] == end and config.template != "chat" else prompt_ids
         target = [*response_ids, end]
         room = max(config.max_length - len(target), config.max_length // 2)
-        kept_prompt = opening[-room:]
+        starts = int(bool(opening) and opening[0] == tokenizer.bos_token_id)
+        kept_prompt = opening if len(opening) <= room else [*opening[:starts], *opening[starts - room :]]
         kept_target = target[: config.max_length - len(kept_prompt)]
         cut_prompts += len(kept_prompt) < len(opening)
         cut_responses += len(kept_target) < len(target)
@@ -148,6 +150,12 @@ def tokenise(records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, conf
     )
     pad = tokenizer.pad_token_id
     return Shard(tuple(examples), report, end if pad is None else int(pad))
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> list[list[int]]:
+    """Tokenise texts; with `split_special_tokens`, `<|endoftext|>` written in the data is text, not an end."""
+    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+    return ids
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:

@@ -14,11 +14,11 @@ class ModelConfig(Section):
 
     Attributes:
         path: A hub id, a local folder, or `builtin` for the small model that comes with the package.
-        revision: Branch, tag or commit of a hub id; None is its default branch.
-        tokenizer: Hub id or folder of the tokenizer; None is `path`.
+        revision: Branch, tag or commit of a hub id; null is its default branch.
+        tokenizer: Hub id or folder of the tokenizer; null is `path`.
         dtype: Number format of the frozen base; `auto` is the checkpoint's own. Adapters are float32 always.
         device: `auto` is the first CUDA device where there is one, else the CPU.
-        threads: CPU threads; None is torch's choice. On CPUs the bits of a result depend on their number, and a tiny
+        threads: CPU threads; null is torch's choice. On CPUs the bits of a result depend on their number, and a tiny
             model is no faster with many.
     """
 
