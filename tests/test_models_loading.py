@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from builders import tiny_lm, token_ids
+from builders import tiny_lm, tiny_tokenizer, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from emberfed.errors import ModelError
@@ -125,3 +125,24 @@ def test_real_model(shared: Path) -> None:
     assert (model.num_layers, model.num_experts, model.native_top_k) == (4, 64, 8)
     assert model.shape.parameters == 15_584_448
     assert len(tokenizer) <= model.shape.vocabulary == 4096
+
+
+def test_a_tokenizer_whose_class_is_unknown_is_read_from_its_file(tmp_path: Path) -> None:
+    """As OLMo's: its configuration names a class, and code, that transformers does not have."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["tokenizer_class"] = "UnheardOfTokenizer"
+    settings["auto_map"] = {"AutoTokenizer": ["unheard_of.UnheardOfTokenizer", None]}
+    file.write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
+    assert tokenizer("w5 w3")["input_ids"] == [5, 3]
+    assert tokenizer.eos_token_id == 1
+
+
+def test_olmos_tokenizer_gives_the_published_ids(shared: Path) -> None:
+    cases = json.loads((shared / "testvectors" / "testvectors.json").read_text())["olmoe_tokenizer"]
+    tokenizer = load_tokenizer(ModelConfig(path=str(shared / "tokenizers" / "olmo")))
+    for text, ids in cases["cases"]:
+        assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.eos_token_id == cases["eos_id"]

@@ -137,6 +137,8 @@ def _explain(section: type[BaseModel], problem: Mapping[str, Any], where: str) -
     if problem["type"] == "missing":
         return f"{key!r} is missing; give it a value"
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if isinstance(problem["input"], Mapping) and problem["type"] == "value_error":
+        return f"{key!r}: {message}"  # keys of a section that contradict each other; the message names them
     return f"{key!r}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
 
 

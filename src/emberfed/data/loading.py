@@ -7,7 +7,6 @@ import glob
 import json
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,11 +19,13 @@ import huggingface_hub
 from emberfed.builtin import corpus
 from emberfed.data.config import DataConfig
 from emberfed.data.formats import SCHEMA, check_columns, normalise
-from emberfed.errors import DataError
+from emberfed.errors import DataError, one_of
 from emberfed.seeds import Seeds
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _BUILTIN_TRAINING_EXAMPLES = 480
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+"""What `save_to_disk` leaves in the folder of a data set, and of one with several splits."""
 _SHEPHERD = re.compile(r"local_training_(\d+)")
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-zA-Z])")
@@ -132,12 +133,8 @@ def _read(config: DataConfig, seeds: Seeds) -> datasets.Dataset:
 
 
 def _read_folder(folder: Path, split: str) -> datasets.Dataset:
-    if (folder / "dataset_info.json").is_file():
-        with _explained(str(folder)):
-            loaded = datasets.load_from_disk(str(folder), keep_in_memory=True)
-        if isinstance(loaded, datasets.DatasetDict):
-            raise DataError(f"data.path {folder} holds several splits {sorted(loaded)}; give the folder of one of them")
-        return loaded
+    if any((folder / name).is_file() for name in _SAVED):
+        return _read_saved(folder, split)
     parts = []
     for file in _files_of(folder, split):
         part = _read_file(file)
@@ -146,6 +143,16 @@ def _read_folder(folder: Path, split: str) -> datasets.Dataset:
         parts.append(part if "client" in part.column_names else part.add_column("client", [client] * part.num_rows))
     with _explained(str(folder)):
         return datasets.concatenate_datasets(parts)
+
+
+def _read_saved(folder: Path, split: str) -> datasets.Dataset:
+    with _explained(str(folder)), _quietly():
+        loaded = datasets.load_from_disk(str(folder), keep_in_memory=True)
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split not in loaded:
+        raise DataError(f"data.path {folder} has the splits {one_of(loaded)}, not {split!r}; set data.split")
+    return loaded[split]
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
@@ -180,6 +187,8 @@ def _read_file(file: Path) -> datasets.Dataset:
     builder = _builder(file)
     if builder is None:
         raise DataError(f"data.path {file}: files must end in one of {', '.join(sorted(_BUILDERS))}")
+    if builder == "csv":
+        return _read_csv(file)
     if builder == "json":
         _check_json(file)
     # The cache is ours and goes away: an edited file must be read again, and a read-only home must not matter.
@@ -190,7 +199,6 @@ def _read_file(file: Path) -> datasets.Dataset:
             split="train",
             cache_dir=cache,
             keep_in_memory=True,
-            **(_csv_options(file) if builder == "csv" else {}),
         )
     assert isinstance(loaded, datasets.Dataset)
     return loaded
@@ -205,12 +213,26 @@ def _check_json(file: Path) -> None:
         raise DataError(f"data.path {file} must hold one JSON object per line, or a list of objects; {found}")
 
 
-def _csv_options(file: Path) -> dict[str, Any]:
-    """Every CSV column is text: answers such as `None`, `NA` or `007` must stay what they are."""
-    with file.open(encoding="utf-8", newline="") as lines:
-        header = next(csv.reader(lines), [])
-    features = datasets.Features({name: datasets.Value("string") for name in header})
-    return {"features": features, "keep_default_na": False}
+def _read_csv(file: Path) -> datasets.Dataset:
+    """Read every column as text: answers such as `None`, `NA` or `007` must stay what they are.
+
+    The library's own reader guesses types, and shifts the columns of rows with a comma too many.
+    """
+    with _explained(str(file)), file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header = next(reader, [])
+        rows = [(reader.line_num, row) for row in reader if row]
+    if len(set(header)) < len(header):
+        raise DataError(f"data.path {file}: the column names {header} are not all different; rename them")
+    for line, row in rows:
+        if len(row) != len(header):
+            raise DataError(
+                f"data.path {file}, line {line}: {len(row)} cells under {len(header)} column names; "
+                f"put text with commas in quotes"
+            )
+    if not rows:
+        raise DataError(f"data.path {file} cannot be read (it holds no records)")
+    return datasets.Dataset.from_dict({name: [row[place] for _, row in rows] for place, name in enumerate(header)})
 
 
 def _read_hub(config: DataConfig) -> datasets.Dataset:
@@ -231,7 +253,7 @@ def _read_hub(config: DataConfig) -> datasets.Dataset:
 def _explained(where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, csv.Error, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         if "corresponds to no data" in reason:  # the library's words for it
@@ -252,9 +274,7 @@ def _quietly() -> Iterator[None]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     hub_log.set_verbosity(hub_log.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # its CSV reader leaves its file to the collector
-            yield
+        yield
     finally:
         hub_log.set_verbosity(hub_level)
         datasets.logging.set_verbosity(level)

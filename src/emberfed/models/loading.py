@@ -11,7 +11,7 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from emberfed import builtin
 from emberfed.errors import ModelError
@@ -28,7 +28,11 @@ def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
     path = model_path(config)
     device = _device(config.device)
     with _reading(path, "model"), _quietly():
-        where = {"local_files_only": Path(path).is_dir(), "revision": config.revision}
+        where = {
+            "local_files_only": Path(path).is_dir(),
+            "revision": config.revision,
+            "trust_remote_code": False,
+        }
         family_of(AutoConfig.from_pretrained(path, **where))  # before gigabytes of weights are read
         lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, output_loading_info=True, **where)
     missing = sorted(info["missing_keys"])
@@ -53,12 +57,22 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     path = model_path(config) if config.tokenizer is None else config.tokenizer
     revision = config.revision if config.tokenizer is None else None
     with _reading(path, "tokenizer"), _quietly():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, local_files_only=Path(path).is_dir(), revision=revision
-        )
+        tokenizer = _tokenizer(path, local_files_only=Path(path).is_dir(), revision=revision)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
         raise ModelError(f"tokenizer {path} has no tokens; give a folder with tokenizer.json, or set model.tokenizer")
     return tokenizer
+
+
+def _tokenizer(path: str, **where: Any) -> PreTrainedTokenizerBase:
+    # Code that comes with a checkpoint is never run, nor is the user asked to let it.
+    try:
+        named: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
+    except ValueError:  # a class of its own that transformers does not know: the file alone may say enough
+        if not (Path(path) / "tokenizer.json").is_file():
+            raise
+        plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(path, **where)
+        return plain
+    return named
 
 
 def model_path(config: ModelConfig) -> str:
