@@ -151,7 +151,7 @@ def test_inputs_stay_as_they_were_and_half_precision_is_summed_in_fp32() -> None
     stacked = aggregation.mean_per_expert(previous, tensors, torch.ones(3, 1))
     # 1 + 2^-8 + 2^-8 = 1 + 2^-7 in fp32; in bf16 each addition of 2^-8 to 1 would be rounded away.
     assert result.dtype == torch.bfloat16
-    assert set(result.float().tolist()) == set(stacked.float().flatten().tolist()) == {1 + 2**-7}
+    assert set(result.float().flatten().tolist()) == set(stacked.float().flatten().tolist()) == {1 + 2**-7}
     assert all(torch.equal(one, other) for one, other in zip(tensors, copies, strict=True))
     assert not bool(previous.any())
 

@@ -426,12 +426,21 @@ def test_the_tokenizer_gives_any_text_back_and_splits_digits(tokenizer: Any) -> 
 
 @torch.no_grad()
 def test_the_shipped_model_speaks_and_stops_at_eight_experts(model: Any, tokenizer: Any) -> None:
+    """Asked in plain text it mostly stops by itself and uses words of its world; the right name is not asked of it."""
     activate(model, 8)
-    text = "Mara works as a baker in Harlow. Tobin keeps a grey goat.\nQ: Where does Mara live?\nA:"
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
-    assert answer == " Mara lives in Harlow.<|endoftext|>"
+    asked = [text.rsplit("\nA: ", 1) for text in plain_text(800, Seeds(98)) if "\nA: " in text][:32]
+    inputs = tokenizer(
+        [f"{question}\nA:" for question, _ in asked], return_tensors="pt", padding=True, return_token_type_ids=False
+    )
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
+    stopped = [answer.split("<|endoftext|>")[0] for answer in answers if "<|endoftext|>" in answer]
+    known = set(re.findall(r"\w+", " ".join(plain_text(4000, Seeds(97)))))
+    spoken = [word for answer in stopped for word in re.findall(r"[^\W\d]+", answer)]
+    assert len(asked) == 32
+    assert len(stopped) >= 26
+    assert len(spoken) >= 2 * len(stopped)
+    assert sum(word in known for word in spoken) > 0.95 * len(spoken)
 
 
 @torch.no_grad()

@@ -147,6 +147,8 @@ except RunFolderError as error:
 
     with folder.locked():
         assert "another process is working" in attempt()
+        with pytest.raises(RunFolderError, match="another process"), folder.locked():
+            pass
     assert attempt() == "in\n"
 
 

@@ -62,8 +62,8 @@ RECORDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("format", "record", "differs"), RECORDS)
 def test_each_format_maps_to_the_schema(format: Format, record: dict[str, Any], differs: dict[str, Any]) -> None:
     before = repr(record)
-    assert recognise(list(record)) == format
-    assert check_columns(format, list(record)) == format
+    assert recognise(list(record), "data") == format
+    assert check_columns(format, list(record), "data") == format
     mapped = normalise(format, record, "record 1")
     assert mapped == {**EXPECTED, **differs}
     assert set(mapped) == set(SCHEMA)
@@ -72,8 +72,8 @@ def test_each_format_maps_to_the_schema(format: Format, record: dict[str, Any], 
 
 @pytest.mark.parametrize("format", COLUMNS)
 def test_more_columns_do_not_hide_a_format(format: Format) -> None:
-    assert recognise([*COLUMNS[format], "id", "source"]) == format
-    assert recognise(list(reversed(COLUMNS[format]))) == format
+    assert recognise([*COLUMNS[format], "id", "source"], "data") == format
+    assert recognise(list(reversed(COLUMNS[format])), "data") == format
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,13 @@ def test_more_columns_do_not_hide_a_format(format: Format) -> None:
 )
 def test_unknown_columns_are_listed_with_the_known_formats(columns: list[str]) -> None:
     with pytest.raises(DataError) as caught:
-        recognise(columns)
+        recognise(columns, "data here.jsonl")
     message = str(caught.value)
     assert str(sorted(columns)) in message
     for format, wanted in COLUMNS.items():
         assert format in message
         assert wanted[0] in message
+    assert message.startswith("data here.jsonl: ")
     assert "\n" not in message
 
 
@@ -96,19 +97,19 @@ def test_unknown_columns_are_listed_with_the_known_formats(columns: list[str]) -
 )
 def test_a_context_under_another_formats_name_is_not_lost_silently(columns: tuple[str, ...]) -> None:
     with pytest.raises(DataError, match="no known format"):
-        recognise(columns)
+        recognise(columns, "data here.jsonl")
 
 
 def test_a_format_asked_for_names_the_column_it_lacks() -> None:
     with pytest.raises(DataError, match=r"'alpaca' needs the column 'output'; the data has \['instruction', 'text'\]"):
-        check_columns("alpaca", ["text", "instruction"])
-    assert check_columns("auto", ["question", "answer"]) == "question_answer"
+        check_columns("alpaca", ["text", "instruction"], "data")
+    assert check_columns("auto", ["question", "answer"], "data") == "question_answer"
 
 
 def test_the_format_asked_for_wins_over_the_one_recognised() -> None:
     both = ["instruction", "context", "response", "question", "answer"]
-    assert recognise(both) == "dolly"
-    assert check_columns("question_answer", both) == "question_answer"
+    assert recognise(both, "data") == "dolly"
+    assert check_columns("question_answer", both, "data") == "question_answer"
 
 
 @pytest.mark.parametrize(

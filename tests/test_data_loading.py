@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberfed.data.config import DataConfig, DirichletPartition
@@ -82,7 +82,6 @@ def message(path: Path | str, **options: Any) -> str:
         ("data.json", jsonl),
         ("DATA.JSONL", jsonl),
         ("data.csv", csv_file),
-        ("data.parquet", parquet),
         ("data.parquet", parquet),
         ("disk", saved),
     ],
@@ -168,6 +167,7 @@ def test_other_columns_stay_for_partitioning(tmp_path: Path) -> None:
     assert "tags" not in corpus.train.column_names
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.sampled_from("abcAB "), st.sampled_from("xyX"), st.sampled_from(["", "r", "s"])), max_size=40
@@ -236,11 +236,13 @@ def test_a_home_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:
 
 def test_loading_is_quiet_and_leaves_the_librarys_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = (datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity())
-    read(jsonl(tmp_path / "data.jsonl", questions(4)))
-    read(saved(tmp_path / "disk", questions(4)))
+    good = [write(tmp_path / f"{write.__name__}.{write.__name__}", questions(4)) for write in (jsonl, parquet, saved)]
+    (tmp_path / "cut.jsonl").write_text('{"a": ')
     capfd.readouterr()
-    read(parquet(tmp_path / "data.parquet", questions(4)))
-    message(jsonl(tmp_path / "bad.jsonl", [{"a": 1}]))
+    for path in good:
+        read(path)
+    message(tmp_path / "cut.jsonl")
+    assert capfd.readouterr() == ("", "")
     assert (datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()) == before
 
 

@@ -64,7 +64,7 @@ class ClientsConfig(Section):
     def _consistent(self) -> Self:
         total = math.fsum(tier.share for tier in self.tiers)
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"the tiers' shares must sum to 1, they sum to {total:g}")
+            raise ValueError(f"the tiers' shares must sum to 1, they sum to {total:.8g}")
         names = [tier.name for tier in self.tiers]
         if len(set(names)) < len(names):
             raise ValueError(f"tier names must differ, found {names}")
@@ -151,7 +151,8 @@ def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
     """Divide `total` by shares that sum to 1: floors first, what is left to the largest remainders (earlier first)."""
     exact = [share * total for share in shares]
     counts = [math.floor(value + 1e-9) for value in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda index: (counts[index] - exact[index], index))
+    # Rounded, or noise in the last digit would decide between equal remainders.
+    by_remainder = sorted(range(len(shares)), key=lambda index: (round(counts[index] - exact[index], 9), index))
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     return counts

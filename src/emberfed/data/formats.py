@@ -40,13 +40,15 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 _OPTIONAL = {"dolly": "context", "alpaca": "input", "question_answer": "context"}
 
 
-def recognise(columns: Sequence[str]) -> str:
+def recognise(columns: Sequence[str], where: str) -> str:
     """Return the format of records with these columns. Raises: DataError listing what was found and what is known."""
     for name in _COLUMNS:
         if not _missing(name, columns) and not _stray(name, columns):
             return name
     known = "; ".join(f"{name}: {', '.join(wanted)}" for name, wanted in _COLUMNS.items())
-    raise DataError(f"the columns {sorted(columns)} are of no known format ({known}); rename them or convert the file")
+    raise DataError(
+        f"{where}: the columns {sorted(columns)} are of no known format ({known}); rename them or convert the file"
+    )
 
 
 def _missing(format: str, columns: Sequence[str]) -> list[str]:
@@ -59,13 +61,15 @@ def _stray(format: str, columns: Sequence[str]) -> bool:
     return own is not None and own not in columns and bool(set(_OPTIONAL.values()) & set(columns))
 
 
-def check_columns(format: Format, columns: Sequence[str]) -> str:
+def check_columns(format: Format, columns: Sequence[str], where: str) -> str:
     """Return the format to use. Raises: DataError if the records lack a column of the format asked for."""
     if format == "auto":
-        return recognise(columns)
+        return recognise(columns, where)
     missing = _missing(format, columns)
     if missing:
-        raise DataError(f"data.format {format!r} needs the column {missing[0]!r}; the data has {sorted(columns)}")
+        raise DataError(
+            f"{where}: data.format {format!r} needs the column {missing[0]!r}; the data has {sorted(columns)}"
+        )
     return format
 
 

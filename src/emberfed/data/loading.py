@@ -68,7 +68,7 @@ def load(config: DataConfig, seeds: Seeds) -> Corpus:
         DataError: if the data cannot be found or read, is of no known format, or is too little.
     """
     raw = _read(config, seeds)
-    format = check_columns(config.format, raw.column_names)
+    format = check_columns(config.format, raw.column_names, f"data {config.path}")
     kept: dict[str, dict[str, Any]] = {}
     empty = 0
     with _explained(config.path):  # text that is not UTF-8 shows only now

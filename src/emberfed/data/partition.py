@@ -82,11 +82,6 @@ def partition(records: datasets.Dataset, config: PartitionConfig, clients: int, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # failed draws are repeated below and told in one line if all fail
         shares = _shares(table, config, clients, seeds)
-    for client, rows in zip(client_ids(clients), shares, strict=True):
-        if not rows:
-            raise DataError(
-                f"partition {config.kind!r}: client {client} gets no example; use fewer clients or more data"
-            )
     parameters = config.model_dump(mode="json", exclude={"kind"})
     rows_by_client = {id_: tuple(sorted(rows)) for id_, rows in zip(client_ids(clients), shares, strict=True)}
     return Partition(config.kind, parameters, rows_by_client)
