@@ -41,7 +41,7 @@ format: $(STAMP) ## format and mend what ruff can
 bench: $(STAMP) ## benchmarks: memory with 8 and 64 clients, time outside training
 	$(BIN)/python -m benchmarks
 
-pretrain: $(STAMP) ## make the built-in model again (about half an hour on two cores)
+pretrain: $(STAMP) ## make the built-in model again (about ten minutes on one core)
 	$(BIN)/python -m emberfed.builtin.pretrain --output build/model
 
 clean: ## remove the environment and what tools left behind

@@ -51,7 +51,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"engine": {"name": "flaky", "faults": {"c1": "explode"}}}, "'engine.faults.c1'"),
     ({"adapter": {"rank": 0}}, "'adapter.rank'"),
     ({"data": {"partition": {"kind": "dirichlet"}}}, "'data.partition.dirichlet.alpha' is missing"),
-    ({"data": {"partition": {"kind": "dirichlett", "alpha": 1}}}, "'data.partition'"),
+    (
+        {"data": {"partition": {"kind": "dirichlett", "alpha": 1}}},
+        "'data.partition.kind': unknown 'dirichlett'; did you",
+    ),
+    ({"data": {"partition": {"alpha": 1}}}, "'data.partition.kind' is missing"),
     ({"data": {"partition": {"kind": "iid", "alpha": 1}}}, "unknown key"),
     ({"clients": {"count": 0}}, "'clients.count'"),
     ({"clients": {"tiers": [{"name": "a", "share": 0.4, "top_k": 1}]}}, "shares must sum to 1, they sum to 0.4"),

@@ -136,10 +136,22 @@ def _explain(section: type[BaseModel], problem: Mapping[str, Any], where: str) -
         return f"unknown key {key!r}{closest(location[-1], allowed) or f'; allowed here: {one_of(allowed)}'}"
     if problem["type"] == "missing":
         return f"{key!r} is missing; give it a value"
+    if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return _explain_tag(key, problem)
     message = str(problem["msg"]).removeprefix("Value error, ")
     if isinstance(problem["input"], Mapping) and problem["type"] == "value_error":
         return f"{key!r}: {message}"  # keys of a section that contradict each other; the message names them
     return f"{key!r}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
+
+
+def _explain_tag(key: str, problem: Mapping[str, Any]) -> str:
+    """Explain a section whose kind is missing or unknown."""
+    tag = str(problem["ctx"]["discriminator"]).strip("'")
+    if problem["type"] == "union_tag_not_found":
+        return f"'{key}.{tag}' is missing; it says what the other keys mean"
+    allowed = [name.strip(" '") for name in problem["ctx"]["expected_tags"].split(",")]
+    found = str(problem["ctx"]["tag"])
+    return f"'{key}.{tag}': unknown {found!r}{closest(found, allowed)} (there are {one_of(allowed)})"
 
 
 def _fields_at(section: type[BaseModel], location: Sequence[str]) -> list[str]:
