@@ -29,8 +29,8 @@ HEAD = """\
 
 YAML with the sections below; every key may be left out unless it is marked *required*. Unknown keys are errors that
 name the closest one. `--set section.key=value` changes one key on the command line, `emberfed init` writes a file with
-all of them, and each run keeps its resolved configuration as `config.yaml`. `seed` (0) stands outside the sections: same
-seed, same bits.
+all of them, and each run keeps its resolved configuration as `config.yaml`. `seed` (0) stands outside the sections:
+same seed, same bits.
 
 This page is made from the docstrings by `python docs/make_configuration.py`.
 """

@@ -1,8 +1,8 @@
 """Pretraining of the built-in model: a byte-level BPE tokenizer and a tiny OLMoE, on the built-in world's plain text.
 
 Run `python -m emberfed.builtin.pretrain` to make the model that ships with the package again (CPU, one thread, about
-ten minutes). The folder it writes holds a transformers model and tokenizer, and `recipe.json`: the exact arguments and what came
-of them.
+ten minutes). The folder it writes holds a transformers model and tokenizer, and `recipe.json`: the exact
+arguments and what came of them.
 """
 
 from __future__ import annotations
