@@ -10,7 +10,7 @@ import torch
 
 from emberfed.admission import Asked, payload_problem, problem_of
 from emberfed.engines.flaky import Fault, spoil
-from emberfed.records import Bundle, Payload, Reply, TensorSpec
+from emberfed.records import ACTIVATION_COUNTS, Bundle, Payload, Reply, TensorSpec
 
 SPECS = {
     "a": TensorSpec((2, 3), torch.float32),
@@ -63,6 +63,15 @@ def test_a_bad_upload_is_refused_with_the_reason(bad: Payload, words: str) -> No
     assert sender == "c1"
     with pytest.raises(ValueError, match=words):
         raise ValueError(problem)
+
+
+def test_counts_must_be_tokens_times_k() -> None:
+    specs = {**SPECS, ACTIVATION_COUNTS: TensorSpec((2, 2), torch.int64)}
+    asked = Asked(3, "c1", specs, 2)
+    honest = payload({ACTIVATION_COUNTS: torch.tensor([[80, 0], [39, 41]])})
+    assert payload_problem(honest, asked) is None
+    greedy = payload({ACTIVATION_COUNTS: torch.tensor([[80, 0], [39, 4100]])})
+    assert payload_problem(greedy, asked) == "activation counts of a layer sum to 4139, tokens x top_k is 80"
 
 
 def test_strangers_repeats_and_garbage() -> None:

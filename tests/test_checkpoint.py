@@ -57,6 +57,11 @@ def damage_bits(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _rename_round(path: Path) -> None:
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "round": 1}))
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "bits": lambda path: damage_bits(path / "state.safetensors"),
     "cut": lambda path: (path / "state.safetensors").write_bytes(b"short"),
@@ -65,6 +70,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "torn manifest": lambda path: (path / "state.json").write_text('{"sha'),
     "empty manifest": lambda path: (path / "state.json").write_text('{"sha256": {}}'),
     "odd manifest": lambda path: (path / "state.json").write_text("[]"),
+    "other round": lambda path: _rename_round(path),
     "adapter": lambda path: (path / "adapter_config.json").write_text("other"),
 }
 
@@ -93,6 +99,36 @@ def test_if_every_round_is_damaged_the_run_says_so(folder: RunFolder) -> None:
     DAMAGES["bits"](folder.round_path(0))
     with pytest.raises(RunFolderError, match="no whole round: round 0 is damaged"):
         folder.latest()
+    with pytest.raises(RunFolderError, match=r"no whole round: 0000.damaged-1 is there"):
+        folder.latest()
+
+
+def test_tables_are_made_again_and_a_damaged_part_is_left_out(folder: RunFolder) -> None:
+    commit(folder, 0, 1, 2)
+    (folder.path / "metrics.jsonl").write_text("stale")
+    (folder.round_path(1) / "clients.jsonl").write_text("damaged")
+    (folder.round_path(0) / "metrics.jsonl").unlink()
+    found = folder.latest()
+    assert found is not None
+    assert found[0] == 2
+    assert found[2] == [
+        "metrics.jsonl of round 0 is damaged and left out",
+        "clients.jsonl of round 1 is damaged and left out",
+    ]
+    assert (folder.path / "metrics.jsonl").read_text() == '{"round": 1}\n{"round": 2}\n'
+
+
+def test_a_start_cut_short_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        RunFolder.create(tmp_path / "run", "seed: 0\n", {"name": object()}, {})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()
+    assert (RunFolder.create(tmp_path / "run", "seed: 0\n", {}, {}).path / "config.yaml").is_file()
+
+
+def test_a_name_that_cannot_be_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="cannot be a folder"):
+        check_free(tmp_path / ("x" * 300))
 
 
 def test_only_whole_uploads_of_a_running_round_are_kept(folder: RunFolder) -> None:

@@ -101,6 +101,24 @@ def test_what_does_not_fit_model_or_data_is_found_before_anything_is_written(
     assert "\n" not in str(caught.value)
 
 
+def test_json_nested_without_end_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "deep.jsonl"
+    data.write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+    with pytest.raises(DataError, match=r"record 1 is nested deeper than 100 levels"):
+        assembly.gather(parse(config(tiny_model_folder, data)))
+
+
+def test_weights_that_are_not_finite_are_named(tiny_data: Path, tmp_path: Path) -> None:
+    from builders import tiny_lm, tiny_tokenizer
+
+    lm = tiny_lm()
+    lm.model.layers[1].mlp.experts.down_proj.data[3, 0, 0] = float("nan")
+    lm.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"weight 'model.layers.1.mlp.experts.down_proj' holds values that are not"):
+        assembly.gather(parse(config(tmp_path / "model", tiny_data)))
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(tiny_model_folder: Path, tiny_data: Path) -> None:
     values = config(tiny_model_folder, tiny_data, model={"tokenizer": str(_larger_tokenizer(tiny_data.parent))})
     with pytest.raises(ModelError, match=r"tokenizer has ids up to 64.* the model 64 embeddings"):

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import VOCABULARY, tiny_model, tiny_tokenizer
+from builders import VOCABULARY, tiny_lm, tiny_model, tiny_tokenizer
 from rouge_score.rouge_scorer import RougeScorer
 from torch.nn import functional as F
 
 from emberfed.data.tokenise import Example, Shard, ShardReport
 from emberfed.evaluation import EvaluationConfig, evaluate
 from emberfed.evaluation.quality import Answer, generate, response_losses, summarise
+from emberfed.models.config import ModelConfig
+from emberfed.models.loading import load
 from emberfed.models.sparse_model import SparseModel
 
 
@@ -95,6 +97,21 @@ def test_batch_size_does_not_change_scores_and_answers_keep_their_order(model: S
     scorer = RougeScorer(["rougeL"])
     for example, answer in zip(shard.examples, answers, strict=True):
         assert answer.rouge_l == scorer.score(example.reference, answer.text)["rougeL"].fmeasure
+
+
+def test_a_checkpoints_own_penalties_do_not_change_greedy_answers(tmp_path: Path) -> None:
+    shard, tokenizer = make_shard(), tiny_tokenizer()
+    answers = []
+    for name, settings in {"plain": {}, "penal": {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}}.items():
+        lm = tiny_lm()
+        lm.generation_config.update(**settings)
+        lm.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        model, _ = load(ModelConfig(path=str(tmp_path / name)))
+        with torch.inference_mode():
+            answers.append(generate(model, tokenizer, shard.examples, 0, 8))
+    assert answers[0] == answers[1]
+    assert any(len(set(text.split())) < len(text.split()) for text in answers[0]), "something is repeated"
 
 
 def test_a_cap_on_examples(model: SparseModel) -> None:

@@ -163,6 +163,47 @@ def test_changed_data_is_noticed_on_resume(tiny_model_folder: Path, tiny_data: P
     assert len(bits(run.path)) == 2 * 2 + 4, "nothing was lost"
 
 
+def test_data_of_the_same_size_but_other_words_is_noticed(
+    tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(tiny_data.read_bytes())
+    run = emberfed.run(config(tiny_model_folder, data, training={"rounds": 1}), output=tmp_path / "run")
+    data.write_text(data.read_text().replace('"response": "w1', '"response": "w2'))
+    with pytest.raises(RunFolderError, match="data is not what it was"):
+        emberfed.resume(run.path, rounds=2)
+
+
+def test_one_run_is_one_experiment(reference: Path, tmp_path: Path) -> None:
+    run = emberfed.run(reference / "config.yaml", overrides=["training.rounds=1"], output=tmp_path / "run")
+    written = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(written.replace("alpha: 4.0", "alpha: 8.0"))
+    with pytest.raises(RunFolderError, match=r"was changed since the run began \(adapter.alpha\)"):
+        emberfed.resume(run.path, rounds=2)
+    with pytest.raises(RunFolderError, match=r"adapter.alpha"):
+        emberfed.evaluate(run.path)
+    (run.path / "config.yaml").write_text(written)
+    assert emberfed.resume(run.path, rounds=3).metrics()[-1]["round"] == 3
+    assert bits(run.path) == bits(reference)
+
+
+def test_a_model_that_overflows_is_told_and_the_run_goes_on(
+    tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    values = config(
+        tiny_model_folder,
+        tiny_data,
+        model={"dtype": "float16"},
+        training={"rounds": 1, "learning_rate": 1e6, "max_steps": 1, "max_grad_norm": None},
+    )
+    heard: list[events.Event] = []
+    run = emberfed.run(values, output=tmp_path / "run", listen=heard.append)
+    last = [row for row in run.metrics() if row["event"] == "evaluation"][-1]
+    assert last["loss"] is None
+    assert any(isinstance(event, events.Notice) and "not finite" in event.message for event in heard)
+    assert "<html" in (run.path / "report.html").read_text()
+
+
 def test_an_output_folder_in_use_is_left_alone(reference: Path, tmp_path: Path) -> None:
     before = bits(reference)
     with pytest.raises(RunFolderError, match="already holds a run"):

@@ -34,6 +34,11 @@ def test_numbers_in_every_notation_are_numbers(value: float) -> None:
         assert found == pytest.approx(float(text))
 
 
+def test_merge_keys_and_anchors_work() -> None:
+    text = "base: &base {a: 1, b: 2}\nother:\n  <<: *base\n  b: 3"
+    assert parse_yaml(text, "here")["other"] == {"a": 1, "b": 3}
+
+
 def test_words_that_only_look_like_numbers_stay_words() -> None:
     assert parse_yaml("[1e, e3, 1e3e, v1e-3, '1e-3']", "here") == ["1e", "e3", "1e3e", "v1e-3", "1e-3"]
 
@@ -44,6 +49,10 @@ def test_words_that_only_look_like_numbers_stay_words() -> None:
         ("a: [1", "line 1: not valid YAML|line 2: not valid YAML"),
         ("a: 1\nb: 2\na: 3", "here: key 'a' is given twice .line 3"),
         ("\x00", "here: not valid YAML"),
+        ("? [a, b]\n: 1", "here: not a usable value|here, line"),
+        ("x: 2020-13-45", "here: not a usable value"),
+        ("x: !!int abc", "here: not a usable value"),
+        ("[" * 3000, "here: not a usable value|here, line"),
     ],
 )
 def test_broken_yaml_names_the_place(text: str, words: str) -> None:

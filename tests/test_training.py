@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from emberfed import events
+from emberfed.costs import Work, training_flops
 from emberfed.data.tokenise import Example, Shard, ShardReport, collate
 from emberfed.errors import ClientError
 from emberfed.models import lora
@@ -21,6 +22,7 @@ from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig, learning_rate, response_loss, step_count
 
 SEEDS = Seeds(11)
+ROUND = 2
 
 
 def shard(examples: int = 10, seed: int = 0) -> Shard:
@@ -50,7 +52,7 @@ def trained(
     heard: list[events.Event] = []
     trainer = Trainer(TrainingConfig.model_validate({"batch_size": 4, "learning_rate": 0.01, **options}), heard.append)
     with model.active_experts(top_k), lora.attached(model, start, 4.0) as adapter:
-        trainer.train(model, adapter, data or shard(), "c0", 1, SEEDS)
+        trainer.train(model, adapter, data or shard(), "c0", ROUND, SEEDS)
         return adapter.tensors(), heard
 
 
@@ -89,11 +91,14 @@ def slow_training(
                     gradient = parameter.grad[row] if row >= 0 else parameter.grad
                     if (name, row) not in optimizers:
                         own = torch.nn.Parameter(value.clone())
-                        optimizers[name, row] = (own, torch.optim.Adam([own], foreach=False))
+                        optimizers[name, row] = (
+                            own,
+                            torch.optim.Adam([own], betas=config.betas, eps=config.epsilon, foreach=False),
+                        )
                     own, optimizer = optimizers[name, row]
                     own.grad = gradient * scale
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(config, 1, step, steps)
+                        group["lr"] = learning_rate(config, ROUND, step, steps)
                     optimizer.step()
                     value.copy_(own.data)
                 parameter.grad = None
@@ -103,6 +108,7 @@ def slow_training(
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_training_is_the_slow_loop(model: SparseModel, start: dict[str, torch.Tensor], top_k: int) -> None:
     options: dict[str, Any] = {"local_epochs": 2, "max_grad_norm": 0.05, "schedule": "cosine", "warmup_steps": 1}
+    options |= {"round_decay": 0.5, "betas": (0.5, 0.9), "epsilon": 1e-3}
     fast, _ = trained(model, start, top_k, **options)
     config = TrainingConfig.model_validate({"batch_size": 4, "learning_rate": 0.01, **options})
     slow = slow_training(model, start, top_k, config)
@@ -170,11 +176,26 @@ def test_stats_are_counted(model: SparseModel, start: dict[str, torch.Tensor]) -
     assert stats.steps == len(stats.losses) == 6
     assert stats.tokens == 2 * sum(len(example.input_ids) for example in data.examples)
     assert stats.target_tokens == 2 * data.report.target_tokens
+    batches = [collate(batch, 0) for epoch in (0, 1) for batch in data.batches(4, SEEDS.torch(f"order {epoch}"))]
+    work = Work(
+        tokens=sum(batch.input_ids.numel() for batch in batches),
+        attended_pairs=sum(batch.input_ids.numel() * batch.input_ids.shape[1] for batch in batches),
+        top_k=3,
+        head_tokens=sum(len(b.labels) * int((b.labels[:, 1:] != -100).any(dim=0).sum()) for b in batches),
+    )
+    assert work.tokens > stats.tokens, "padding is computed too"
+    assert stats.flops == training_flops(model.shape, work, start)
     assert stats.counts_LE.sum(dim=1).tolist() == [3 * stats.tokens] * 2
     row = stats.json()
     assert (row["loss_first"], row["loss_last"]) == (stats.losses[0], stats.losses[-1])
     assert row["share_of_experts_touched"] == float((stats.counts_LE > 0).double().mean())
     assert row["losses"] == [[number + 1, loss] for number, loss in enumerate(stats.losses)]
+
+
+def test_the_balance_loss_reaches_the_adapter(model: SparseModel, start: dict[str, torch.Tensor]) -> None:
+    plain, _ = trained(model, start, local_epochs=2)
+    balanced, _ = trained(model, start, local_epochs=2, router_aux_loss_coef=10.0)
+    assert any(not torch.equal(plain[name], balanced[name]) for name in plain)
 
 
 def test_steps_are_told_and_capped(model: SparseModel, start: dict[str, torch.Tensor]) -> None:

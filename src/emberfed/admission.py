@@ -9,7 +9,7 @@ from typing import final
 import torch
 
 from emberfed.errors import EmberfedError, closest
-from emberfed.records import Json, Payload, Reply, TensorSpec
+from emberfed.records import ACTIVATION_COUNTS, Bundle, Json, Payload, Reply, TensorSpec
 
 
 @final
@@ -46,7 +46,10 @@ def payload_problem(payload: Payload, asked: Asked) -> str | None:
         return f"payload says it comes from {payload.client!r}"
     if payload.round != asked.round:
         return f"payload belongs to round {payload.round}, this is round {asked.round}"
-    return _meta_problem(payload.content.meta, asked) or _tensor_problem(payload.content.tensors, asked.specs)
+    content = payload.content
+    return (
+        _meta_problem(content.meta, asked) or _tensor_problem(content.tensors, asked.specs) or _counts_problem(content)
+    )
 
 
 def _meta_problem(meta: Mapping[str, Json], asked: Asked) -> str | None:
@@ -82,3 +85,13 @@ def _tensor_problem(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, Ten
         if not tensor.is_floating_point() and bool((tensor < 0).any()):
             return f"tensor {name!r}: negative counts"
     return None
+
+
+def _counts_problem(content: Bundle) -> str | None:
+    """Every token of an honest client goes to exactly K experts of each layer."""
+    counts_LE = content.tensors.get(ACTIVATION_COUNTS)
+    if counts_LE is None or content.meta.get("top_k") is None:
+        return None
+    expected = content.meta["tokens"] * content.meta["top_k"]
+    wrong = [total for total in counts_LE.sum(dim=1).tolist() if total != expected]
+    return f"activation counts of a layer sum to {wrong[0]}, tokens x top_k is {expected}" if wrong else None

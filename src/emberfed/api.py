@@ -71,6 +71,7 @@ def resume(path: str | Path, *, rounds: int | None = None, listen: events.Listen
     """
     folder = RunFolder.open(Path(path))
     checked = config.load(folder.path / "config.yaml")
+    assembly.check_same_settings(folder, checked)
     if rounds is not None:
         done = max(folder.rounds(), default=0)
         if rounds < done:
@@ -98,6 +99,7 @@ def evaluate(
     """
     folder = RunFolder.open(Path(path))
     checked = config.load(folder.path / "config.yaml")
+    assembly.check_same_settings(folder, checked)
     if not folder.rounds():
         raise RunFolderError(f"{path} holds no whole round yet; go on with `emberfed resume {path}`")
     with folder.locked(), cpu_threads(checked.model.threads):

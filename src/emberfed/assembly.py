@@ -82,6 +82,32 @@ def check_same_data(folder: RunFolder, material: Material) -> None:
         )
 
 
+def check_same_settings(folder: RunFolder, config: RunConfig) -> None:
+    """Check that config.yaml still says what the run began with, but for what may change.
+
+    Raises: RunFolderError naming the keys that differ.
+    """
+    began, now = folder.read_json("run.json").get("settings", {}), fixed_settings(config)
+    changed = sorted(key for key in {*began, *now} if began.get(key) != now.get(key))
+    if changed:
+        raise RunFolderError(
+            f"{folder.path / 'config.yaml'} was changed since the run began ({', '.join(changed)}); one run is one "
+            f"experiment: put it back, or start a new run"
+        )
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Json]:
+    """Return, by key, the settings that must stay as they are for the whole of a run."""
+    flat = {
+        f"{section}.{key}": value
+        for section, values in config.values().items()
+        if section not in ("seed", "engine", "output", "evaluation")
+        for key, value in values.items()
+    }
+    free = ("training.rounds", "model.threads", "model.device", "clients.min_replies", "data.path", "model.path")
+    return {"seed": config.seed, **{key: value for key, value in flat.items() if key not in free}}
+
+
 def federate(
     config: RunConfig, folder: RunFolder, material: Material, listen: events.Listener = events.ignore
 ) -> Federation:
@@ -114,7 +140,10 @@ def federate(
 
 def partition_record(material: Material) -> dict[str, Json]:
     """Return what partition.json keeps: who got which rows, and what they hold."""
-    return {**material.partition.json(), "clients": material.inspection.clients_json()}
+    clients = material.inspection.clients_json()
+    for id_, shard in material.shards.items():
+        clients[id_]["sha256"] = shard.digest()
+    return {**material.partition.json(), "clients": clients, "test": {"sha256": material.test.digest()}}
 
 
 def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json]:
@@ -143,6 +172,7 @@ def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json
             "native_top_k": shape.native_top_k,
         },
         "data": material.inspection.totals_json(),
+        "settings": fixed_settings(config),
         "tiers": [
             {"name": budget.tier, "top_k": budget.top_k, "share": share[budget.tier]} for budget in material.budgets
         ],

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,9 +83,15 @@ class RunFolder:
     def create(path: Path, config_yaml: str, run: Mapping[str, Json], partition: Mapping[str, Json]) -> RunFolder:
         """Start a run in a folder that is absent or empty. Raises: RunFolderError, StorageError."""
         check_free(path)
-        storage.write_json(path / "run.json", run)
-        storage.write_json(path / "partition.json", partition)
-        storage.write(path / "config.yaml", config_yaml.encode())
+        # Under another name first: a start cut short must not block the folder.
+        beginning = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            storage.write_json(beginning / "run.json", run)
+            storage.write_json(beginning / "partition.json", partition)
+            storage.write(beginning / "config.yaml", config_yaml.encode())
+            storage.rename(beginning, path)
+        finally:
+            shutil.rmtree(beginning, ignore_errors=True)
         return RunFolder(path)
 
     @staticmethod
@@ -158,10 +165,9 @@ class RunFolder:
         problems: list[str] = []
         for round in reversed(self.rounds()):
             folder = self.round_path(round)
-            problem = _damage(folder)
+            problem = _damage(folder, round)
             if problem is None:
-                if problems:
-                    self.rebuild_tables()
+                problems += self.rebuild_tables()
                 return round, Bundle.from_bytes((folder / "state.safetensors").read_bytes()), problems
             aside = next(
                 candidate
@@ -170,15 +176,30 @@ class RunFolder:
             )
             storage.rename(folder, aside)
             problems.append(f"round {round} is damaged ({problem}); it was set aside as {aside.name}")
+        problems = problems or [f"{path.name} is there" for path in (self.path / "rounds").glob("*.damaged-*")]
         if problems:
             raise RunFolderError(f"{self.path} holds no whole round: {'; '.join(problems)}; start the run anew")
         return None
 
-    def rebuild_tables(self) -> None:
-        """Write metrics.jsonl and clients.jsonl of the run from those of its whole rounds. Raises: StorageError."""
+    def rebuild_tables(self) -> list[str]:
+        """Write metrics.jsonl and clients.jsonl of the run from those of its rounds; return which could not be read.
+
+        Raises: StorageError.
+        """
+        problems = []
         for table in _TABLES:
-            parts = [(self.round_path(round) / table).read_bytes() for round in self.rounds()]
+            parts = []
+            for round in self.rounds():
+                path = self.round_path(round) / table
+                try:
+                    whole = _digests(path.parent)[table] == _digest(path)
+                    parts += [path.read_bytes()] if whole else []
+                except (OSError, ValueError, KeyError, TypeError):
+                    whole = False
+                if not whole:
+                    problems.append(f"{table} of round {round} is damaged and left out")
             storage.write(self.path / table, b"".join(parts))
+        return problems
 
     def log(self, level: str, message: str) -> None:
         """Append to events.jsonl. Raises: StorageError."""
@@ -195,7 +216,11 @@ class RunFolder:
 
 def check_free(path: Path) -> None:
     """Check that a run may start in `path`. Raises: RunFolderError if something is there."""
-    if (path / "config.yaml").exists():
+    try:
+        holds_run = (path / "config.yaml").exists()
+    except OSError as error:
+        raise RunFolderError(f"{str(path)[:80]}... cannot be a folder: {error.strerror}") from None
+    if holds_run:
         raise RunFolderError(
             f"{path} already holds a run; go on with it (`emberfed resume {path}`), or give another --output"
         )
@@ -203,10 +228,18 @@ def check_free(path: Path) -> None:
         raise RunFolderError(f"{path} exists and is not an empty folder; give another --output")
 
 
-def _damage(folder: Path) -> str | None:
-    """Return what is wrong with a round's folder, or None."""
+def _digests(folder: Path) -> dict[str, str]:
+    digests: dict[str, str] = json.loads((folder / "state.json").read_bytes())["sha256"]
+    return digests
+
+
+def _damage(folder: Path, round: int) -> str | None:
+    """Return what is wrong with the folder of a round, or None."""
     try:
-        digests = json.loads((folder / "state.json").read_bytes())["sha256"]
+        digests = _digests(folder)
+        written = json.loads((folder / "state.json").read_bytes())["round"]
+        if written != round:
+            return f"state.json says it is round {written}"
         if "state.safetensors" not in digests:
             return "state.json does not name its files"
         for name, digest in sorted(digests.items()):

@@ -22,6 +22,8 @@ from emberfed.models.sparse_model import SparseModel
 from emberfed.records import Bundle, Json
 from emberfed.seeds import Seeds
 
+_OVERFLOW = "the model overflows: lower training.learning_rate, or use model.dtype bfloat16 or float32"
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +63,9 @@ def run(federation: Federation, folder: RunFolder, listen: events.Listener = eve
             inbox.receive(reply)
         uploads = inbox.close(federation.participation.min_replies)
         state = method.aggregate(state, uploads)
-        evaluations = evaluate_tiers(federation, state, round, listen) if _due(federation, round) else []
+        evaluations = (
+            evaluate_tiers(federation, state, round, _logged(folder, listen)) if _due(federation, round) else []
+        )
         exported = method.export(state, model)
         summary = _summary(round, inbox, evaluations, time.perf_counter() - started + resumed_seconds)
         folder.commit(round, state, exported, [*evaluations, summary], inbox.records)
@@ -88,6 +92,10 @@ def evaluate_tiers(
             federation.method.deploy(state, federation.model, budget) as model,
         ):
             scores, _ = evaluate(model, federation.tokenizer, federation.test, federation.evaluation, progress)
+        if not math.isfinite(scores.overall.loss):
+            listen(
+                events.Notice("warning", f"round {round}: the loss of tier {budget.tier!r} is not finite; {_OVERFLOW}")
+            )
         lines.append(
             {
                 "round": round,
@@ -113,7 +121,7 @@ def _start(federation: Federation, folder: RunFolder, listen: events.Listener) -
     listen(events.RoundStarted(0, federation.rounds, 0))
     started = time.perf_counter()
     state = federation.method.init(federation.model, federation.seeds.at(purpose="init"))
-    evaluations = evaluate_tiers(federation, state, 0, listen)
+    evaluations = evaluate_tiers(federation, state, 0, _logged(folder, listen))
     folder.commit(0, state, federation.method.export(state, federation.model), evaluations, [])
     listen(events.RoundDone(0, _quality(evaluations), time.perf_counter() - started))
     return 0, state

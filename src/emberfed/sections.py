@@ -31,6 +31,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise ConfigError(f"key {key!r} is given twice (line {key_node.start_mark.line + 1}); keep one of them")
@@ -56,6 +58,10 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        # PyYAML lets through what Python says of impossible dates, keys that are lists, or endless nesting.
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"{where}: not a usable value ({type(error).__name__}: {reason})") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

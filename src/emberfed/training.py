@@ -42,7 +42,8 @@ class TrainingConfig(Section):
         schedule: Learning rate within a client's round, after warm-up.
         warmup_steps: Steps of linear warm-up at the start of each client's round.
         max_grad_norm: Gradients are clipped to this norm over the whole adapter; null: not clipped.
-        router_aux_loss_coef: Weight of the model's own load-balancing loss; only a trained router feels it.
+        router_aux_loss_coef: Weight of the model's own load-balancing loss, averaged over micro batches. Also adapters
+            below a frozen router feel it, through the hidden states.
         precision: `auto` is bf16 autocast on CUDA devices that have it and the model's own dtype elsewhere.
         gradient_checkpointing: Recompute layers backward: less memory, about a third more time.
     """
@@ -87,7 +88,7 @@ class FitStats:
         target_tokens: Tokens that carried loss.
         losses: Mean response loss of each step, in nats per token.
         counts_LE: int64 (layers, experts), (token, slot) assignments without padding.
-        flops: Forward and backward matrix products.
+        flops: Forward and backward matrix products, without what gradient checkpointing computes again.
     """
 
     steps: int

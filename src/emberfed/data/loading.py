@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
@@ -24,6 +25,8 @@ from emberfed.seeds import Seeds
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _BUILTIN_TRAINING_EXAMPLES = 480
+_DEEPEST = 100
+"""Levels of JSON; the library's parser crashes the process on endless nesting."""
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 """What `save_to_disk` leaves in the folder of a data set, and of one with several splits."""
 _SHEPHERD = re.compile(r"local_training_(\d+)")
@@ -204,10 +207,23 @@ def _read_file(file: Path) -> datasets.Dataset:
     return loaded
 
 
+def _depth(text: str) -> int:
+    """Return how deep brackets nest at most; those inside strings count too, which errs on the safe side."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _check_json(file: Path) -> None:
     """Refuse what cannot be records; the library's parser crashes the process on some of it (a lone `null`)."""
     with _explained(str(file)), file.open(encoding="utf-8-sig") as lines:
-        start = next((line.lstrip()[0] for line in lines if line.strip()), "")
+        first = next((line for line in lines if line.strip()), "")
+        start = first.lstrip()[:1]
+        for number, line in enumerate(chain([first], lines)):
+            if line.count("{") + line.count("[") > _DEEPEST and _depth(line) > _DEEPEST:
+                raise DataError(f"data.path {file}: record {number + 1} is nested deeper than {_DEEPEST} levels")
     if start not in ("{", "["):
         found = f"it begins with {start!r}" if start else "it is empty"
         raise DataError(f"data.path {file} must hold one JSON object per line, or a list of objects; {found}")

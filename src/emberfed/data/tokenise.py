@@ -5,6 +5,7 @@ Shapes: B sequences, S positions (the longest of the batch).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
@@ -93,6 +94,14 @@ class Shard:
     examples: tuple[Example, ...]
     report: ShardReport
     pad_token_id: int
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the examples' tokens and prompts' lengths: the same data, the same digest."""
+        told = hashlib.sha256()
+        for example in self.examples:
+            told.update(f"{example.prompt_length} {len(example.input_ids)} ".encode())
+            told.update(example.input_ids.astype("<i4").tobytes())
+        return told.hexdigest()
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Example, ...]]:
         """Yield all examples once, `size` at a time (the last may be smaller), in an order drawn from `generator`."""

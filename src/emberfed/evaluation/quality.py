@@ -47,6 +47,10 @@ class Score:
     perplexity: float
     examples: int
 
+    def json(self) -> dict[str, Json]:
+        """Return the figures; one that is not finite (an overflow in the model) is null, as JSON has no NaN."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class Scores:
 
     def json(self) -> dict[str, Json]:
         """Return the fields of an evaluation's line in `metrics.jsonl`."""
-        return {**asdict(self.overall), "categories": {name: asdict(score) for name, score in self.categories.items()}}
+        return {**self.overall.json(), "categories": {name: score.json() for name, score in self.categories.items()}}
 
 
 @final
@@ -157,7 +161,8 @@ def summarise(answers: Sequence[Answer]) -> Scores:
 def _score(answers: Sequence[Answer]) -> Score:
     loss = math.fsum(answer.loss_sum for answer in answers) / sum(answer.target_tokens for answer in answers)
     rouge_l = math.fsum(answer.rouge_l for answer in answers) / len(answers)
-    return Score(rouge_l, loss, math.exp(min(loss, 700.0)), len(answers))
+    perplexity = math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
+    return Score(rouge_l, loss, perplexity, len(answers))
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -10,11 +10,13 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -44,6 +46,11 @@ def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"model {path}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]!r}")
+    broken = next((name for name, weight in lm.named_parameters() if not bool(torch.isfinite(weight).all())), None)
+    if broken is not None:
+        raise ModelError(f"model {path}: weight {broken!r} holds values that are not finite; the checkpoint is damaged")
+    # A checkpoint's own penalties and beams would change greedy answers without anybody seeing why.
+    lm.generation_config = GenerationConfig()
     return SparseModel(lm.to(device)), load_tokenizer(config)
 
 
@@ -97,11 +104,15 @@ def _device(name: str) -> torch.device:
 @contextmanager
 def _reading(path: str, what: str) -> Iterator[None]:
     """Turn what transformers raises for a folder or hub id it cannot read into one line."""
+    if len(path) > 4096:
+        raise ModelError(
+            f"{what} path of {len(path)} characters is too long; give a local folder, a hub id or 'builtin'"
+        )
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()):
         raise ModelError(f"{what} folder {path} does not exist; give a local folder, a hub id or 'builtin'")
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{what} {path} cannot be loaded: {reason}") from error
 
