@@ -1,6 +1,6 @@
 """Does memory grow with the number of clients, and how much of a round is not training or evaluation?
 
-The same data and model, divided over 8 and over 64 clients, two rounds each, in child processes taken in turns.
+8 and 64 clients with 48 examples each, one round, in child processes taken in turns.
 Writes `benchmarks/results/clients_memory.json` with one row per run: clients, peak_memory_bytes (of the whole
 process, from the operating system), round seconds, seconds outside training and evaluation, their share.
 """
@@ -18,6 +18,7 @@ from typing import Any
 RESULT = Path(__file__).parent / "results" / "clients_memory.json"
 REPEATS = 2
 CLIENTS = (8, 64)
+EXAMPLES_PER_CLIENT = 48
 
 
 def main() -> None:
@@ -43,9 +44,9 @@ def measure(clients: int) -> dict[str, Any]:
         path = Path(folder) / "run"
         settings = [
             f"clients.count={clients}",
-            "data.limit=864",
+            f"data.limit={96 + EXAMPLES_PER_CLIENT * clients}",
             "data.partition={kind: iid}",
-            "training.rounds=2",
+            "training.rounds=1",
             "evaluation.every=0",
         ]
         options = [word for setting in settings for word in ("--set", setting)]

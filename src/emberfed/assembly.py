@@ -140,10 +140,12 @@ def federate(
 
 def partition_record(material: Material) -> dict[str, Json]:
     """Return what partition.json keeps: who got which rows, and what they hold."""
-    clients = material.inspection.clients_json()
-    for id_, shard in material.shards.items():
-        clients[id_]["sha256"] = shard.digest()
-    return {**material.partition.json(), "clients": clients, "test": {"sha256": material.test.digest()}}
+    digests = {id_: shard.digest() for id_, shard in material.shards.items()}
+    return {
+        **material.partition.json(),
+        "clients": material.inspection.clients_json(),
+        "sha256": {**digests, "test split": material.test.digest()},
+    }
 
 
 def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json]:

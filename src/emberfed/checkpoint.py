@@ -38,10 +38,10 @@ class PartialRound:
 
     def keep(self, client: str, upload: bytes, record: Mapping[str, Json]) -> None:
         """Keep an admitted upload and its line for `clients.jsonl`. Raises: StorageError."""
-        storage.write(self._upload(client), upload)
-        # The record comes second: it marks the upload as whole.
+        storage.put(self._upload(client), upload)
+        # The record comes second: it marks the upload as whole, and `kept` checks its digest.
         digest = hashlib.sha256(upload).hexdigest()
-        storage.write_json(self._record(client), {"sha256": digest, "record": dict(record)})
+        storage.put(self._record(client), storage.encoded({"sha256": digest, "record": dict(record)}))
 
     def discard(self, client: str) -> None:
         """Forget an upload: its client was quarantined after it. Raises: StorageError."""

@@ -6,10 +6,10 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from emberfed.errors import StorageError
 
@@ -33,7 +33,21 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file atomically, with its folders. Raises: StorageError."""
+    """Write a file atomically and durably, with its folders. Raises: StorageError."""
+    _put(path, data, lambda file: os.fsync(file.fileno()))
+    with explained(path):
+        sync_folder(path.parent)
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file atomically, but leave it to the system when it reaches the disk. Raises: StorageError.
+
+    For what can be made again and is checked before use: it survives a kill, not always a power cut.
+    """
+    _put(path, data, lambda file: None)  # noqa: ARG005
+
+
+def _put(path: Path, data: bytes, settle: Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,17 +55,21 @@ def write(path: Path, data: bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                settle(file)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys sorted. Raises: StorageError."""
-    write(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    write(path, encoded(value))
+
+
+def encoded(value: Any) -> bytes:
+    """Return a JSON document with sorted keys."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
