@@ -68,7 +68,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: (path / "state.safetensors").unlink(),
     "no manifest": lambda path: (path / "state.json").unlink(),
     "torn manifest": lambda path: (path / "state.json").write_text('{"sha'),
-    "empty manifest": lambda path: (path / "state.json").write_text('{"sha256": {}}'),
+    "empty manifest": lambda path: (path / "state.json").write_text('{"round": 2, "sha256": {}}'),
     "odd manifest": lambda path: (path / "state.json").write_text("[]"),
     "other round": lambda path: _rename_round(path),
     "adapter": lambda path: (path / "adapter_config.json").write_text("other"),
