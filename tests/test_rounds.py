@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from builders import save_tiny_model
 from federations import bits, config
 
 import emberfed
 from emberfed import events
-from emberfed.errors import ConfigError, RoundFailed, RunFolderError
+from emberfed.errors import ConfigError, ModelError, RoundFailed, RunFolderError
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,16 @@ def test_one_run_is_one_experiment(reference: Path, tmp_path: Path) -> None:
     (run.path / "config.yaml").write_text(written)
     assert emberfed.resume(run.path, rounds=3).metrics()[-1]["round"] == 3
     assert bits(run.path) == bits(reference)
+
+
+def test_a_model_the_adapter_does_not_fit_is_told_in_one_line(reference: Path, tmp_path: Path) -> None:
+    run = emberfed.run(reference / "config.yaml", overrides=["training.rounds=1"], output=tmp_path / "run")
+    other = save_tiny_model(tmp_path / "wider", hidden_size=48)
+    values = yaml.safe_load((run.path / "config.yaml").read_text())
+    values["model"]["path"] = str(other)
+    (run.path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ModelError, match=r"adapter tensor '.*' has shape .*; expected"):
+        emberfed.resume(run.path, rounds=2)
 
 
 def test_a_model_that_overflows_is_told_and_the_run_goes_on(

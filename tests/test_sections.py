@@ -118,6 +118,7 @@ def test_bad_overrides(assignment: str, words: str) -> None:
         ({"inner": {"steps": 0}}, "'inner.steps': input should be greater than or equal to 1, found 0"),
         ({"inner": {"steps": "three"}}, "'inner.steps': input should be a valid integer"),
         ({"inner": {"learning_rate": float("nan")}}, "'inner.learning_rate': input should be a finite number"),
+        ({"inner": {"steps": True}}, "'inner': steps must not be true"),
         ({"inner": 3}, "'inner': input should be a valid dictionary or instance of Inner, found 3"),
     ],
 )

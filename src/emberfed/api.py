@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -71,15 +72,12 @@ def resume(path: str | Path, *, rounds: int | None = None, listen: events.Listen
     """
     folder = RunFolder.open(Path(path))
     checked = config.load(folder.path / "config.yaml")
-    assembly.check_same_settings(folder, checked)
     if rounds is not None:
         done = max(folder.rounds(), default=0)
         if rounds < done:
             raise ConfigError(f"{path} has {done} rounds already; --rounds must be at least that, found {rounds}")
         checked = replace(checked, training=checked.training.model_copy(update={"rounds": rounds}))
-    with folder.locked(), cpu_threads(checked.model.threads):
-        material = assembly.gather(checked)
-        assembly.check_same_data(folder, material)
+    with _reopened(folder, checked) as material:
         storage.write(folder.path / "config.yaml", checked.yaml().encode())
         return _carry_out(checked, folder, material, listen)
 
@@ -99,12 +97,9 @@ def evaluate(
     """
     folder = RunFolder.open(Path(path))
     checked = config.load(folder.path / "config.yaml")
-    assembly.check_same_settings(folder, checked)
     if not folder.rounds():
         raise RunFolderError(f"{path} holds no whole round yet; go on with `emberfed resume {path}`")
-    with folder.locked(), cpu_threads(checked.model.threads):
-        material = assembly.gather(checked)
-        assembly.check_same_data(folder, material)
+    with _reopened(folder, checked) as material:
         found = folder.latest()
         assert found is not None, "there is a round, and a damaged one raises"
         round, state, problems = found
@@ -127,6 +122,16 @@ def free_path(checked: RunConfig, source: str | Path | Mapping[str, Any] | None)
         for number in range(1, 100_000)
         if not (candidate := first if number == 1 else first.with_name(f"{first.name}-{number}")).exists()
     )
+
+
+@contextmanager
+def _reopened(folder: RunFolder, checked: RunConfig) -> Iterator[assembly.Material]:
+    """Hold an existing run, with the material it began with. Raises: EmberfedError."""
+    assembly.check_same_settings(folder, checked)
+    with folder.locked(), cpu_threads(checked.model.threads):
+        material = assembly.gather(checked)
+        assembly.check_same_data(folder, material)
+        yield material
 
 
 def _config(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str]) -> RunConfig:

@@ -28,7 +28,7 @@ _OVERFLOW = "the model overflows: lower training.learning_rate, or use model.dty
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Federation:
-    """All that the loop works with; `assembly.assemble` makes one from a config."""
+    """All that the loop works with; `assembly.federate` makes one."""
 
     rounds: int
     seeds: Seeds
@@ -115,6 +115,9 @@ def _start(federation: Federation, folder: RunFolder, listen: events.Listener) -
     found = folder.latest()
     if found is not None:
         done, state, problems = found
+        # A model the state does not fit is told here, in one line, and not by every client.
+        with federation.method.deploy(state, federation.model, federation.budgets[0]):
+            pass
         for problem in problems:
             _logged(folder, listen)(events.Notice("warning", f"{problem}; going on from round {done}"))
         return done, state

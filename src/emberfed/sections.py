@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from emberfed.errors import ConfigError, closest, one_of
 
@@ -20,6 +20,16 @@ class Section(BaseModel):
     """A frozen configuration section; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, values: Any) -> Any:
+        """Python counts true as 1; a configuration that says so is mistaken."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and field.annotation is not bool:
+                raise ValueError(f"{name} must not be {str(value).lower()}")
+        return values
 
 
 S = TypeVar("S", bound=Section)

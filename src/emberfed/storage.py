@@ -28,7 +28,8 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = _FULL.get(error.errno or 0, error.strerror or str(error))
         raise StorageError(
-            f"could not write {path}: {reason}; nothing finished is lost. Make room or allow writing, then resume"
+            f"could not write {path}: {reason}; nothing finished is lost. Make room or allow writing, then repeat or "
+            f"resume"
         ) from error
 
 

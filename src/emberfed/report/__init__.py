@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from emberfed import storage
 from emberfed.errors import RunFolderError
-from emberfed.report.files import write_file
 from emberfed.report.page import page
 from emberfed.report.reading import read_run
 
@@ -26,5 +26,5 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     """
     if not runs:
         raise RunFolderError("no run folder was given; name at least one, for example runs/quickstart")
-    write_file(output, page([read_run(path) for path in runs]).encode())
+    storage.write(output, page([read_run(path) for path in runs]).encode())
     return output

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from emberfed import storage
 from emberfed.errors import RunFolderError, StorageError
 from emberfed.report import numbers
-from emberfed.report.files import write_file
 from emberfed.report.plotting import MARKERS, Axes, shorten
 from emberfed.report.reading import Evaluation, read_run
 from emberfed.report.views import TierView, evaluated_tiers, evaluations_at
@@ -76,7 +76,7 @@ def write_picture(run: Path, output: Path) -> Path:
         _draw_bars(left, lines)
         _draw_curves(right, lines)
         figure.savefig(buffer, format=kind[1:], metadata=_METADATA[kind])
-    write_file(output, buffer.getvalue())
+    storage.write(output, buffer.getvalue())
     return output
 
 
