@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from builders import tiny_lm, tiny_tokenizer, token_ids
+from builders import FAMILY_VARIANTS, save_tiny_family, save_tiny_model, tiny_lm, tiny_tokenizer, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from emberfed.errors import ModelError
+from emberfed import config as configuration
+from emberfed.assembly import fixed_settings
+from emberfed.errors import ConfigError, ModelError
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import load, load_tokenizer
+from emberfed.models.quantised import Bits, QuantisedWeight, quantise_experts
 
 
 @pytest.fixture
@@ -146,3 +153,138 @@ def test_olmos_tokenizer_gives_the_published_ids(shared: Path) -> None:
     for text, ids in cases["cases"]:
         assert tokenizer(text)["input_ids"] == ids
     assert tokenizer.eos_token_id == cases["eos_id"]
+
+
+def change_weight(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Rewrite one tensor of a checkpoint."""
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(tensors | {name: change(tensors[name])}, file, {"format": "pt"})
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.index_fill(-1, torch.tensor([3]), float("nan"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", FAMILY_VARIANTS)
+def test_quantised_while_loading_is_quantised_after_it(family: str, bits: Bits, tmp_path: Path) -> None:
+    path = str(save_tiny_family(family, tmp_path))
+    expected, _ = load(ModelConfig(path=path, device="cpu"))
+    quantise_experts(expected.lm, bits)
+    random_state = torch.random.get_rng_state()
+    model, _ = load(ModelConfig(path=path, device="cpu", expert_bits=bits))
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    found, wanted = model.lm.state_dict(), expected.lm.state_dict()
+    assert set(found) == set(wanted)
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+    assert all(isinstance(block.experts.down_proj, QuantisedWeight) for block in model.blocks)
+    ids = token_ids(2, 6)
+    with torch.no_grad():
+        assert torch.equal(model.lm(input_ids=ids).logits, expected.lm(input_ids=ids).logits)
+
+
+def test_transformers_does_not_take_the_model_for_one_of_its_quantised_ones(tiny_model_folder: Path) -> None:
+    model, _ = load(ModelConfig(path=str(tiny_model_folder), device="cpu", expert_bits=4))
+    assert "quantization_config" not in model.lm.config.to_dict()
+    assert not getattr(model.lm, "is_quantized", False)
+    assert getattr(model.lm, "hf_quantizer", None) is None
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.5.up_proj.weight", "model.layers.0.mlp.gate.weight"])
+def test_values_that_are_not_finite(folder: Path, name: str, bits: Bits | None) -> None:
+    change_weight(folder, name, with_nan)
+    where = r"layers\.1\.mlp\.experts\.gate_up_proj" if "experts" in name else r"layers\.0\.mlp\.gate\.weight"
+    with pytest.raises(ModelError, match=rf"model .*: weight 'model\.{where}' holds values that are not finite"):
+        load(ModelConfig(path=str(folder), expert_bits=bits))
+
+
+def test_experts_of_another_shape(folder: Path) -> None:
+    for expert in range(8):
+        change_weight(
+            folder, f"model.layers.1.mlp.experts.{expert}.down_proj.weight", lambda weight: weight[:, :8].clone()
+        )
+    expected = r"'model\.layers\.1\.mlp\.experts\.down_proj' has shape \(8, 32, 8\); expected \(8, 32, 16\)"
+    with pytest.raises(ModelError, match=expected):
+        load(ModelConfig(path=str(folder), expert_bits=8))
+
+
+def test_experts_that_cannot_be_grouped(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, intermediate_size=6)
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.mlp\.experts\.down_proj' has 6 columns: .* leave model.expert_bits out"
+    ):
+        load(ModelConfig(path=str(path), expert_bits=4))
+    load(ModelConfig(path=str(path), device="cpu"))
+
+
+def test_a_checkpoint_that_is_quantised_already(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="its checkpoint is quantised already, .*; set model.expert_bits=null"):
+        load(ModelConfig(path=str(folder), expert_bits=4))
+
+
+def test_bits_there_are_none_of() -> None:
+    with pytest.raises(ConfigError, match=r"'model\.expert_bits': input should be 4 or 8, found 5"):
+        configuration.load(None, ["model.expert_bits=5"])
+
+
+def test_a_run_cannot_go_on_with_a_base_in_other_bits() -> None:
+    """What must stay the same for the whole of a run includes the bits."""
+    settings = [fixed_settings(configuration.load(None, [f"model.expert_bits={bits}"])) for bits in ("null", "4", "8")]
+    assert [values["model.expert_bits"] for values in settings] == [None, 4, 8]
+
+
+_MEASURE = r"""
+import json, re, sys
+from pathlib import Path
+from emberfed.models.config import ModelConfig
+from emberfed.models.loading import load
+
+def status(key):
+    return int(re.search(key + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+path, tiny, bits = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+load(ModelConfig(path=tiny, device="cpu", expert_bits=4))
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+model = load(ModelConfig(path=path, dtype="bfloat16", device="cpu", expert_bits=bits))
+print(json.dumps({"peak": status("VmHWM") - before, "left": status("VmRSS") - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 0.3 GB in bfloat16, most of it experts."""
+    folder = tmp_path_factory.mktemp("large")
+    with torch.device("meta"):
+        lm = tiny_lm(hidden_size=512, intermediate_size=512, num_experts=24, num_hidden_layers=8)
+    lm = lm.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in lm.parameters():
+        parameter.data.copy_(torch.linspace(-1, 1, parameter.shape[-1]).expand(parameter.shape))
+    lm.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def measured(large: Path, tiny: Path, bits: Bits | None) -> dict[str, float]:
+    """Resident memory while and after loading, in a process of its own, as shares of the checkpoint's bytes."""
+    command = [sys.executable, "-c", _MEASURE, str(large), str(tiny), json.dumps(bits)]
+    child = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+    )
+    checkpoint = (large / "model.safetensors").stat().st_size
+    return {name: value / checkpoint for name, value in json.loads(child.stdout).items()}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_in_4_bits_never_needs_the_memory_of_16(large: Path, tiny_model_folder: Path) -> None:
+    """All experts in 16 bit are never there at once. The checkpoint's pages count too: they are mapped."""
+    in_16, in_4 = (measured(large, tiny_model_folder, bits) for bits in (None, 4))
+    mapped, experts = 1.0, 0.94
+    assert in_16["peak"] - mapped > experts > 0.85 > in_4["peak"] - mapped
+    assert in_4["left"] < 0.4 < 0.9 < in_16["left"] < 1.1

@@ -15,13 +15,17 @@ from typing import Literal, final
 
 import psutil
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import emberfed
 from emberfed.assembly import versions
 from emberfed.builtin import corpus
+from emberfed.data.tokenise import check_vocabulary
 from emberfed.errors import EmberfedError
 from emberfed.models.config import ModelConfig
+from emberfed.models.footprint import ModuleMemory, memory_by_module, total
 from emberfed.models.loading import load
+from emberfed.models.sparse_model import SparseModel
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
 
@@ -50,7 +54,7 @@ class Check:
 
 
 def examine(folder: Path) -> Iterator[Check]:
-    """Carry out the checks one by one; runs would be written below `folder`."""
+    """Carry out the checks of this machine one by one; runs would be written below `folder`."""
     yield Check("emberfed", "ok", f"{emberfed.__version__} on {_system()}")
     yield _libraries()
     yield _device()
@@ -59,7 +63,26 @@ def examine(folder: Path) -> Iterator[Check]:
     yield _bf16()
     yield _disk(folder)
     yield _extras()
-    yield _model()
+
+
+def examine_model(config: ModelConfig) -> tuple[Check, tuple[ModuleMemory, ...]]:
+    """Load a model and let it answer; return what was found, and what its weights occupy, in all last."""
+    started = time.perf_counter()
+    name = "the built-in model" if config.path == "builtin" else config.path
+    try:
+        model, tokenizer = load(config)
+        check_vocabulary(tokenizer, model.shape.vocabulary)
+        text = _answer(model, tokenizer)
+    except EmberfedError as error:
+        return Check("model", "broken", str(error)), ()
+    seconds = numbers.seconds(time.perf_counter() - started)
+    rows = memory_by_module(model.lm)
+    memory = (*rows, total(rows))
+    if text:
+        return Check("model", "ok", f"{name} answers in {seconds}: {text!r}"), memory
+    if config.path == "builtin":
+        return Check("model", "broken", f"{name} gives an empty answer; install emberfed again"), memory
+    return Check("model", "warning", f"{name} loads in {seconds}, but answers a plain question with nothing"), memory
 
 
 def _system() -> str:
@@ -150,18 +173,12 @@ def _extras() -> Check:
     return Check("extras", "ok", "; ".join(f"{name}: {state(modules)}" for name, modules in EXTRAS.items()))
 
 
-def _model() -> Check:
-    started = time.perf_counter()
-    try:
-        model, tokenizer = load(ModelConfig(path="builtin", device="cpu"))
-        record = corpus(1, Seeds(0))[0]
-    except EmberfedError as error:
-        return Check("model", "broken", str(error))
+def _answer(model: SparseModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    record = corpus(1, Seeds(0))[0]
     prompt = f"### Instruction:\n{record['instruction']}\n\n### Input:\n{record['context']}\n\n### Response:\n"
-    inputs = tokenizer(prompt, return_tensors="pt")
-    answer = model.lm.generate(**inputs, max_new_tokens=16, do_sample=False)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    end = tokenizer.eos_token_id
+    answer = model.lm.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=end, pad_token_id=end)
     text = tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    seconds = time.perf_counter() - started
-    if not text.strip():
-        return Check("model", "broken", "the built-in model gives an empty answer; install emberfed again")
-    return Check("model", "ok", f"the built-in model answers in {numbers.seconds(seconds)}: {' '.join(text.split())!r}")
+    assert isinstance(text, str)
+    return " ".join(text.split())

@@ -18,6 +18,7 @@ from emberfed.report import numbers
 if TYPE_CHECKING:
     from emberfed.cli.doctor import Check
     from emberfed.cli.summary import Summary
+    from emberfed.models.footprint import ModuleMemory
 
 _COLOURS = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 
@@ -155,6 +156,27 @@ def checks(found: Sequence[Check]) -> Table:
     for check in found:
         table.add_row(Text(check.state, style=_COLOURS[check.state]), check.name, check.detail)
     return table
+
+
+def memory(rows: Sequence[ModuleMemory]) -> tuple[Table, ...]:
+    """What a model's weights occupy, in all last; no table for a model that cannot be loaded."""
+    if not rows:
+        return ()
+    table = plain_table("Memory of the model's weights, as they are stored")
+    table.add_column("Module")
+    table.add_column("Format", overflow="fold")
+    for name in ("Weights", "Bits each", "Stored", "In 16 bit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.module,
+            ", ".join(row.formats),
+            numbers.parameters(row.weights),
+            f"{row.bits_per_weight:.1f}",
+            numbers.byte_size(row.stored_bytes),
+            numbers.byte_size(row.sixteen_bit_bytes),
+        )
+    return (table,)
 
 
 def pairs(entries: Mapping[str, str]) -> Table:

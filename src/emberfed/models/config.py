@@ -17,6 +17,8 @@ class ModelConfig(Section):
         revision: Branch, tag or commit of a hub id; null is its default branch.
         tokenizer: Hub id or folder of the tokenizer; null is `path`.
         dtype: Number format of the frozen base; `auto` is the checkpoint's own. Adapters are float32 always.
+        expert_bits: Bits per weight of the frozen experts, quantised as they are read (about 4.5 or 8.5 with their
+            scales); null leaves them in `dtype`.
         device: `auto` is the first CUDA device where there is one, else the CPU.
         threads: CPU threads; null is torch's choice. On CPUs the bits of a result depend on their number, and a tiny
             model is no faster with many.
@@ -26,5 +28,6 @@ class ModelConfig(Section):
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    expert_bits: Literal[4, 8] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,23 +28,33 @@ from emberfed import builtin
 from emberfed.errors import ModelError
 from emberfed.models.config import ModelConfig
 from emberfed.models.families import family_of
+from emberfed.models.quantised import Bits
+from emberfed.models.quantised_loading import ExpertQuantisation
 from emberfed.models.sparse_model import SparseModel
 
 
 def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
     """Load the model, frozen, and its tokenizer. A local folder is read without any network.
 
-    Raises: ModelError if either cannot be found or read, if weights are missing, or if the model has no experts.
+    With `expert_bits` the experts are quantised as they are read. Beside what is in memory already, loading needs about
+    twice the largest fused weight of one layer in `dtype`, and the checkpoint's files mapped, pages of which the system
+    drops when memory runs short.
+
+    Raises: ModelError if either cannot be found or read, if weights are missing or not finite, if the model has no
+        experts, or has experts that cannot be quantised.
     """
     path = model_path(config)
     device = _device(config.device)
     with _reading(path, "model"), _quietly():
-        where = {
+        where: dict[str, Any] = {
             "local_files_only": Path(path).is_dir(),
             "revision": config.revision,
             "trust_remote_code": False,
         }
-        family_of(AutoConfig.from_pretrained(path, **where))  # before gigabytes of weights are read
+        found = AutoConfig.from_pretrained(path, **where)  # before gigabytes of weights are read
+        family_of(found)
+        if config.expert_bits is not None:
+            where["quantization_config"] = _quantisation(found, config.expert_bits)
         lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, output_loading_info=True, **where)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -49,6 +62,8 @@ def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
     broken = next((name for name, weight in lm.named_parameters() if not bool(torch.isfinite(weight).all())), None)
     if broken is not None:
         raise ModelError(f"model {path}: weight {broken!r} holds values that are not finite; the checkpoint is damaged")
+    _let_go_of_files(lm)
+    _return_freed_memory()
     # A checkpoint's own penalties and beams would change greedy answers without anybody seeing why.
     lm.generation_config = GenerationConfig()
     return SparseModel(lm.to(device)), load_tokenizer(config)
@@ -95,6 +110,30 @@ def model_path(config: ModelConfig) -> str:
     return str(builtin.model_path())
 
 
+def _quantisation(found: Any, bits: Bits) -> ExpertQuantisation:
+    if getattr(found, "quantization_config", None) is not None:
+        raise ModelError("its checkpoint is quantised already, and cannot be once more; set model.expert_bits=null")
+    return ExpertQuantisation(bits)
+
+
+def _let_go_of_files(lm: nn.Module) -> None:
+    """Copy the weights that still lie in the checkpoint's files, which transformers maps into memory.
+
+    One such weight keeps the whole of its file mapped, and counted as memory of this process, beside the experts that
+    were made from it.
+    """
+    for parameter in lm.parameters():
+        if not parameter.untyped_storage().resizable():  # not memory of torch's own
+            parameter.data = parameter.data.clone()
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what loading freed; else glibc keeps up to half as much again as a model needs."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("model.device is 'cuda' but torch finds no CUDA device here; set model.device=cpu")
@@ -103,7 +142,7 @@ def _device(name: str) -> torch.device:
 
 @contextmanager
 def _reading(path: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises for a folder or hub id it cannot read into one line."""
+    """Turn what transformers raises for a folder or hub id it cannot read into one line; say where others come from."""
     if len(path) > 4096:
         raise ModelError(
             f"{what} path of {len(path)} characters is too long; give a local folder, a hub id or 'builtin'"
@@ -112,6 +151,8 @@ def _reading(path: str, what: str) -> Iterator[None]:
         raise ModelError(f"{what} folder {path} does not exist; give a local folder, a hub id or 'builtin'")
     try:
         yield
+    except ModelError as error:
+        raise ModelError(f"{what} {path}: {error}") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{what} {path} cannot be loaded: {reason}") from error
