@@ -1,7 +1,8 @@
-"""Small real models for tests: random OLMoE models with a tokenizer, in memory or as a folder."""
+"""Small real models for tests: random sparse models of every family, with a tokenizer, in memory or as a folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,116 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from emberfed.models.sparse_model import SparseModel
 
 VOCABULARY = 64
+
+_COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_DENSE_FIRST = {"num_hidden_layers": 3, "intermediate_size": 24, "moe_intermediate_size": 16}
+"""Three layers of which the first has no experts; routed experts smaller than the dense MLP."""
+_LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_key_value_heads": 4}
+_DEEPSEEK_V2 = _LATENT | {"n_routed_experts": 8, "n_shared_experts": 2, "moe_intermediate_size": 16, "q_lora_rank": 12}
+_DEEPSEEK_V3 = (
+    _DENSE_FIRST
+    | _LATENT
+    | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 12}
+    | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+)
+_QWEN2 = {"num_experts": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20}
+_GLM4 = _DENSE_FIRST | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_ERNIE = _DENSE_FIRST | {"moe_num_experts": 8, "moe_num_shared_experts": 2, "moe_layer_start_index": 1}
+
+_TINY: Mapping[str, Mapping[str, Any]] = {
+    "olmoe": {"num_experts": 8},
+    "olmoe-renormalised": {"num_experts": 8, "norm_topk_prob": True, "tie_word_embeddings": True},
+    "flex_olmo": {"num_experts": 8},
+    "flex_olmo-three": {"num_experts": 6, "num_experts_per_tok": 3},
+    "mixtral": {"num_local_experts": 8},
+    "qwen2_moe": _QWEN2,
+    "qwen2_moe-dense_layer": _QWEN2
+    | {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True, "intermediate_size": 24},
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "norm_topk_prob": True, "head_dim": 12},
+    "qwen3_moe-every_second": {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8, "decoder_sparse_step": 2},
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v2-grouped": _DEEPSEEK_V2
+    | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+    | {"routed_scaling_factor": 1.5, "first_k_dense_replace": 1, "intermediate_size": 24},
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v3-plain": _DEEPSEEK_V3 | {"norm_topk_prob": False, "q_lora_rank": None},
+    "granitemoe": {"num_local_experts": 8, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "swiglu_limit": 1.0,
+        "rope_parameters": _YARN,
+    },
+    "phimoe": {"num_local_experts": 8, "router_jitter_noise": 0.1},
+    "ernie4_5_moe": _ERNIE,
+    "ernie4_5_moe-unshared": _ERNIE | {"moe_num_shared_experts": 0, "use_bias": True},
+    "glm4_moe": _GLM4 | {"use_qk_norm": True},
+    "glm4_moe-plain": _GLM4 | {"norm_topk_prob": False, "routed_scaling_factor": 2.0, "attention_bias": True},
+}
+
+
+def _variants() -> dict[str, tuple[str, ...]]:
+    names = dict.fromkeys(name.partition("-")[0] for name in _TINY)
+    return {family: tuple(name for name in _TINY if name.partition("-")[0] == family) for family in names}
+
+
+FAMILY_VARIANTS: Mapping[str, tuple[str, ...]] = _variants()
+"""Names `tiny_family_lm` takes, by family; the first is the family's own name."""
+
+
+def tiny_family_lm(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Return a tiny random model of a family or variant: hidden 32, 6 or 8 experts, 64 tokens, native K of 2 or 3.
+
+    Every weight is random and loud, biases, norms and the correction of routing scores too, so that routing is uneven.
+    """
+    family = name.partition("-")[0]
+    config = AutoConfig.for_model(family, **_COMMON | dict(_TINY[name]) | overrides)
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor_name, tensor in sorted([*lm.named_parameters(), *lm.named_buffers()]):
+            drawn = torch.randn(tensor.shape, generator=generator)
+            if tensor_name.endswith("e_score_correction_bias"):
+                tensor.copy_(drawn * 0.1)
+            elif tensor_name.endswith("norm.weight"):
+                tensor.copy_(1 + drawn * 0.1)
+            elif "inv_freq" not in tensor_name:
+                tensor.copy_(drawn * 0.2)
+    return lm
+
+
+def save_tiny_family(name: str, folder: Path) -> Path:
+    """Write `tiny_family_lm` and its tokenizer to `folder`, and return it."""
+    tiny_family_lm(name).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tiny_lm(seed: int = 0, **overrides: Any) -> OlmoeForCausalLM:

@@ -5,7 +5,6 @@ Shapes: B sequences, S positions of this forward pass, T = B * S tokens, L layer
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from emberfed.errors import ModelError
+from emberfed.models.padding import ModelInputs
 
 
 @final
@@ -40,21 +40,21 @@ class ActivationCounter:
         self._fresh_LE.zero_()
         return fresh
 
-    def begin(self, mask_BS: torch.Tensor | None, positions: int | None) -> None:
-        """Begin a forward pass of the model over `positions` positions; with a cache the mask also has older ones.
+    def begin(self, mask_BS: torch.Tensor | None) -> None:
+        """Begin a forward pass of the model over the positions of this mask; None: nothing is padding.
 
         Raises: ModelError if the mask is not 2-D.
         """
         self._seen.clear()
         self._mask_T = None
-        if mask_BS is None or positions is None:
+        if mask_BS is None:
             return
         if mask_BS.dim() != 2:
             raise ModelError(
                 f"activations can be counted with a 2-D attention mask (batch, positions) only, found shape "
                 f"{tuple(mask_BS.shape)}"
             )
-        self._mask_T = mask_BS[:, mask_BS.shape[1] - positions :].reshape(-1).to(torch.int64)
+        self._mask_T = mask_BS.reshape(-1).to(torch.int64)
 
     def add(self, row: int, index_TK: torch.Tensor) -> None:
         """Count one layer's routing, once per forward pass: gradient checkpointing runs layers again in backward."""
@@ -68,13 +68,10 @@ class ActivationCounter:
 @contextmanager
 def counting(base: nn.Module, routers: Sequence[nn.Module], counter: ActivationCounter) -> Iterator[ActivationCounter]:
     """Let `counter` follow the forward passes of `base`, the decoder that is given `attention_mask`."""
-    signature = inspect.signature(base.forward)
+    inputs = ModelInputs(base)
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        inputs = given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
-        counter.begin(given.get("attention_mask"), None if inputs is None else inputs.shape[1])
+        counter.begin(inputs.mask(args, kwargs))
 
     def add(row: int, _: nn.Module, __: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         counter.add(row, output[2].detach())

@@ -1,6 +1,8 @@
-"""Router weights, as pure functions of the router's logits.
+"""Router weights at another K, as pure functions of the weights a router gave to the experts it kept.
 
-Shapes: T tokens, E experts, K active experts per token.
+They hold for every way of scoring experts: softmax, sigmoid, SparseMixer.
+
+Shapes: T tokens, K active experts per token.
 """
 
 from __future__ import annotations
@@ -10,37 +12,30 @@ from typing import Literal
 import torch
 
 Gate = Literal["plain", "renormalised"]
-"""`plain`: softmax over all experts, the K largest kept as they are. `renormalised`: softmax over the K kept logits."""
+"""`plain`: the kept experts have the weights they would have at any K. `renormalised`: a token's sum to a constant."""
 
 Rescale = Literal["none", "static", "mass"]
-"""Repair of the probability mass a `plain` gate loses below the native K; see `gate_weights`."""
+"""Repair of the mass a `plain` gate loses below the native K: by native K / K, or to the mass of the native K best."""
+
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def gate_weights(
-    logits_TE: torch.Tensor, top_k: int, gate: Gate, rescale: Rescale = "none", native_top_k: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weights of the `top_k` experts of each token, and which experts they are.
+def with_mass(weights_TK: torch.Tensor, mass: float | torch.Tensor) -> torch.Tensor:
+    """Return the weights times one factor per token, so that each token's sum to `mass`.
+
+    For a softmax router and mass 1 that is the softmax over the kept logits.
 
     Args:
-        logits_TE: The router's logits, (T, E).
-        top_k: K, at most E.
-        gate: `renormalised` weights sum to 1 for every K; `plain` ones lose mass as K falls.
-        rescale: Factor on a plain gate: `static` is native_top_k / K, `mass` is, per token, the probability of the
-            native_top_k best experts over that of the K best.
-        native_top_k: The checkpoint's own K; needed by a `rescale` other than `none`.
+        weights_TK: (T, K), none negative.
+        mass: A number for all tokens, or (T, 1).
 
     Returns:
-        Weights (T, K), float32, largest first, and expert indices (T, K), int64.
+        (T, K), float32. Weights that are all zero stay zero.
     """
-    probabilities_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
-    weights_TK, index_TK = torch.topk(probabilities_TE, top_k, dim=-1)
-    if gate == "renormalised":
-        return torch.softmax(logits_TE.float().gather(-1, index_TK), dim=-1), index_TK
-    if rescale == "none":
-        return weights_TK, index_TK
-    if native_top_k is None:
-        raise ValueError(f"rescale {rescale!r} needs native_top_k")
-    if rescale == "static":
-        return weights_TK * (native_top_k / top_k), index_TK
-    native_mass_T1 = torch.topk(probabilities_TE, native_top_k, dim=-1).values.sum(-1, keepdim=True)
-    return weights_TK * (native_mass_T1 / weights_TK.sum(-1, keepdim=True)), index_TK
+    weights_TK = weights_TK.float()
+    return weights_TK / mass_of(weights_TK).clamp(min=_SMALLEST) * mass
+
+
+def mass_of(weights_TK: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each token's weights, (T, 1), float32."""
+    return weights_TK.float().sum(dim=-1, keepdim=True)

@@ -7,7 +7,7 @@ that shares the stacked tensor's storage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -41,7 +41,7 @@ class ExpertViews:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainableGroups:
-    """What to give an optimiser. A step is: backward, clip, `scatter_gradients`, `optimizer.step()`, `zero_grad`.
+    """What to give an optimiser. A step is: backward, `take_gradients`, clip, `optimizer.step()`, `zero_grad`.
 
     Attributes:
         dense: Parameters every token uses, by canonical name.
@@ -55,23 +55,45 @@ class TrainableGroups:
         """Return all parameters for the optimiser: the dense ones, then every expert of every stacked tensor."""
         return [*self.dense.values(), *(view for group in self.experts for view in group.views)]
 
-    def scatter_gradients(self, touched_LE: torch.Tensor) -> None:
-        """Give each expert its slice of the stacked gradient, or None where it saw no token since the last step.
+    def take_gradients(self, touched_LE: torch.Tensor) -> list[torch.Tensor]:
+        """Give each expert its slice of the stacked gradient, or None where it saw no real token since the last step.
 
         Args:
-            touched_LE: Boolean (layers, experts): the expert got at least one real token since the last step.
+            touched_LE: Boolean (layers, experts): the expert got at least one real token since the last step. Experts
+                that padding alone was sent to have a gradient, of zeros, which an optimiser with momentum would follow.
 
-        Raises: ValueError if it is not boolean of that shape.
+        Returns:
+            All gradients: of the dense parameters, and of each stacked tensor (experts with rows, ...). The experts'
+            slices share their memory, so that scaling them in place clips.
+
+        Raises: ValueError if `touched_LE` is not boolean of that shape.
         """
         rows = touched_LE.tolist() if touched_LE.dtype == torch.bool and touched_LE.dim() == 2 else []
+        gradients = [parameter.grad for parameter in self.dense.values() if parameter.grad is not None]
         for group in self.experts:
             if not (group.row < len(rows) and len(rows[group.row]) == len(group.views)):
                 raise ValueError(f"touched must be bool (layers, experts), found {touched_LE.dtype} {touched_LE.shape}")
-            gradient = group.stacked.grad
-            for expert, view in enumerate(group.views):
-                view.grad = gradient[expert] if gradient is not None and rows[group.row][expert] else None
+            if group.stacked.grad is None:
+                continue
+            sparse = group.stacked.grad.coalesce()
+            values = sparse.values()
+            for expert, slice_ in zip(sparse.indices()[0].tolist(), values.unbind(), strict=True):
+                group.views[expert].grad = slice_ if rows[group.row][expert] else None
+            gradients.append(values)
+        return gradients
 
     def zero_grad(self) -> None:
         """Forget all gradients; an optimiser's own `zero_grad` does not know the stacked ones."""
         for parameter in (*self.parameters(), *(group.stacked for group in self.experts)):
             parameter.grad = None
+
+
+def clip_gradients(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients in place so that their norm taken together is at most `max_norm`; return what it was.
+
+    As torch's `clip_grad_norm_`, but on tensors: slices of stacked gradients are no parameters' own.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if norm > max_norm:
+        torch._foreach_mul_(list(gradients), max_norm / (norm + 1e-6))
+    return norm

@@ -1,136 +1,155 @@
 """Routed expert LoRA: each expert's low-rank part is computed for the tokens routed to it, and for no others.
 
-Registered with transformers as the experts implementation `emberfed_routed`, so that the time of a forward pass falls
-with the number of active experts. PEFT's own LoRA on fused experts builds base + BA for all of them on every forward.
+Registered with transformers as the experts implementation `emberfed_routed`, so that time and memory of forward and
+backward passes fall with the number of active experts. PEFT's own LoRA on fused experts builds base + BA for all of
+them on every forward pass, keeps it, and forms dense gradients.
 
-Shapes: T tokens, K active experts, S = T * K routed (token, slot) pairs, D hidden, F expert hidden, E experts, R rank.
+Two ways compute it, and one rule chooses: experts are taken in grouped products (`grouped`) on CUDA devices that have
+them, if the base is held in 16 bits; everything else goes expert by expert (`per_expert`). On CPUs the computation is
+in float32 whatever the base is held in, since most CPUs are far slower in 16 bits; on CUDA it is in autocast's type
+inside autocast, else in the base's. Factors and their gradients are float32 always.
+
+A layer is one autograd node. Gradients of stacked factors are sparse over experts: those without tokens have none.
+`torch.compile` leaves the experts out, since how many rows each gets is data: `fullgraph=True` is impossible.
+
+Shapes: T tokens, K active experts, D hidden, E experts, R rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from emberfed.models import grouped, per_expert
+from emberfed.models.dispatch import Dispatch
+from emberfed.models.expert_layer import Kept, Layer, Nothing, Way
+from emberfed.models.expert_weights import ExpertsModule, ExpertWeights
+from emberfed.models.low_rank import paired
+from emberfed.models.quantised import QuantisedWeight
 
 IMPLEMENTATION = "emberfed_routed"
 MATRICES = ("gate_proj", "up_proj", "down_proj")
+_GROUPED_CAPABILITY = (8, 0)
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @final
 class ExpertLora(nn.Module):
-    """LoRA on the three matrices of every expert of one layer, stacked over experts.
+    """LoRA on matrices of every expert of one layer, stacked over experts.
 
     Attributes:
-        factors: `<matrix>_A` (E, R, in) and `<matrix>_B` (E, out, R) for gate_proj, up_proj and down_proj. They stay
-            float32 whatever the base is; so does their product, which is cast to the base's type once it is added.
+        factors: `<matrix>_A` (E, R, in) and `<matrix>_B` (E, out, R) for some or all of gate_proj, up_proj and
+            down_proj. They stay float32 whatever the base is.
+        scales: alpha / R of each matrix, in the order of `MATRICES`.
     """
 
     def __init__(self, factors: Mapping[str, tuple[nn.Parameter, nn.Parameter]], alpha: float) -> None:
-        """Hold (A, B) of each matrix; the scale is `alpha` / R, R read from the shapes."""
+        """Hold (A, B) by matrix; the scale is `alpha` / R, R read from the shapes."""
         super().__init__()
-        self.alpha = alpha
+        self.scales: dict[str, float] = {}
         self.factors = nn.ParameterDict()
         for matrix in MATRICES:
-            self.factors[f"{matrix}_A"], self.factors[f"{matrix}_B"] = factors[matrix]
-
-    def per_expert(self, matrix: str) -> list[_LowRank]:
-        """Return the factors of `matrix`, expert by expert."""
-        a_ERI, b_EOR = self.factors[f"{matrix}_A"], self.factors[f"{matrix}_B"]
-        scale = self.alpha / a_ERI.shape[1]
-        # unbind, since its backward is one stack; the backward of indexing would fill a tensor of E experts for each.
-        return [_LowRank(a, b, scale) for a, b in zip(a_ERI.unbind(), b_EOR.unbind(), strict=True)]
+            if matrix in factors:
+                self.factors[f"{matrix}_A"], self.factors[f"{matrix}_B"] = factors[matrix]
+                self.scales[matrix] = alpha / factors[matrix][0].shape[1]
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _LowRank:
-    """LoRA of one matrix of one expert."""
-
-    a: torch.Tensor  # (R, in)
-    b: torch.Tensor  # (out, R)
-    scale: float
-
-    def add_to(self, base_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
-        """Return base + scale * x A' B', in float32, cast to the type of `base`."""
-        z_NR = F.linear(x_NI.to(self.a.dtype), self.a)
-        sum_NO = torch.addmm(base_NO.to(self.b.dtype), z_NR, self.b.t(), alpha=self.scale)
-        return sum_NO.to(base_NO.dtype)
-
-
-class _Experts(Protocol):
-    """What the forward needs of a transformers experts module."""
-
-    num_experts: int
-    gate_up_proj: torch.Tensor
-    down_proj: torch.Tensor
-
-    def act_fn(self, x: torch.Tensor, /) -> torch.Tensor: ...
-
-
-class _Reorder(torch.autograd.Function):
-    """Rows in another order. The gradient is the inverse order, not the slower sum over repeated indices."""
-
-    @staticmethod
-    def forward(ctx: Any, x_SD: torch.Tensor, order_S: torch.Tensor, inverse_S: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(inverse_S)
-        return x_SD[order_S]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0][ctx.saved_tensors[0]], None, None
-
-
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def routed_experts(
-    self: _Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Return the weighted sum over each token's experts, with their LoRA where an `ExpertLora` is attached.
 
     Args:
         self: The experts module; its submodule `emberfed_lora`, if there is one, is the `ExpertLora`.
         hidden_states: (T, D).
-        top_k_index: (T, K), which experts.
+        top_k_index: (T, K), which experts; E stands for none.
         top_k_weights: (T, K), their weights.
 
     Returns:
-        (T, D). The sums have one fixed order, so the same input gives the same bits.
+        (T, D), in the type of `hidden_states`. The sums have one fixed order, so the same input gives the same bits.
     """
-    tokens, top_k = top_k_index.shape
-    expert_S = top_k_index.reshape(-1)
-    order_S = torch.argsort(expert_S, stable=True)
-    inverse_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    loads = torch.bincount(expert_S, minlength=self.num_experts).tolist()
+    dtype = compute_dtype(self, hidden_states)
+    way = _way(self, hidden_states.device, dtype)
+    weights, dispatch = ExpertWeights(self, dtype), Dispatch.of(top_k_index, self.num_experts)
+    lora: ExpertLora | None = getattr(self, "emberfed_lora", None)
+    scales = {} if lora is None else lora.scales
+    factors = () if lora is None else tuple(lora.factors[f"{matrix}_{side}"] for matrix in scales for side in "AB")
+    hidden_TD, gates_TK = hidden_states.to(dtype), top_k_weights.to(dtype)
+    with torch.autocast(hidden_states.device.type, enabled=False):  # the type is chosen already
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_TD, gates_TK, *factors)):
+            apply: Any = _RoutedExperts.apply
+            out_TD: torch.Tensor = apply(way, weights, dispatch, scales, hidden_TD, gates_TK, *factors)
+        else:
+            out_TD = way.forward(Layer(weights, paired(scales, factors), dispatch), hidden_TD, gates_TK, Nothing())
+    return out_TD.to(hidden_states.dtype)
 
-    repeated_SD = hidden_states.unsqueeze(1).expand(-1, top_k, -1).reshape(tokens * top_k, -1)
-    grouped_SD: torch.Tensor = _Reorder.apply(repeated_SD, order_S, inverse_S)  # type: ignore[no-untyped-call]
-    outputs_SD = torch.cat(_each_expert(self, grouped_SD, loads))
-    slots_SD: torch.Tensor = _Reorder.apply(outputs_SD, inverse_S, order_S)  # type: ignore[no-untyped-call]
-    weighted_TKD = slots_SD.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
-    return weighted_TKD.sum(1).to(hidden_states.dtype)
+
+def compute_dtype(experts: ExpertsModule, hidden_states: torch.Tensor) -> torch.dtype:
+    """Return the type experts are computed in; see the module's docstring for the rule."""
+    base = experts.gate_up_proj
+    held = hidden_states.dtype if isinstance(base, QuantisedWeight) else base.dtype
+    device = hidden_states.device.type
+    if device == "cpu":
+        return torch.promote_types(held, torch.float32)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else held
 
 
-def _each_expert(experts: _Experts, grouped_SD: torch.Tensor, loads: list[int]) -> list[torch.Tensor]:
-    """Return the outputs of the experts that have rows, in the order of the rows; `loads` are rows per expert."""
-    lora: ExpertLora | None = getattr(experts, "emberfed_lora", None)
-    adapters = None if lora is None else [lora.per_expert(matrix) for matrix in MATRICES]
-    gate_ups, downs = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
-    outputs = []
-    for expert, x_ND in enumerate(torch.split(grouped_SD, loads)):
-        if not loads[expert]:
-            continue
-        gate_NF, up_NF = F.linear(x_ND, gate_ups[expert]).chunk(2, dim=-1)
-        if adapters is None:
-            # Contiguous, as with LoRA: activations round strided rows differently, and B = 0 must change no bit.
-            outputs.append(F.linear(experts.act_fn(gate_NF.contiguous()) * up_NF, downs[expert]))
-            continue
-        gate, up, down = (matrix[expert] for matrix in adapters)
-        inner_NF = experts.act_fn(gate.add_to(gate_NF, x_ND)) * up.add_to(up_NF, x_ND)
-        outputs.append(down.add_to(F.linear(inner_NF, downs[expert]), inner_NF))
-    return outputs
+def _way(experts: ExpertsModule, device: torch.device, dtype: torch.dtype) -> Way:
+    """Return the module whose `forward` and `backward` to use."""
+    in_groups = (
+        device.type == "cuda"
+        and dtype in _HALF
+        and not isinstance(experts.gate_up_proj, QuantisedWeight)
+        and torch.cuda.get_device_capability(device) >= _GROUPED_CAPABILITY
+    )
+    return grouped if in_groups else per_expert
+
+
+@final
+class _RoutedExperts(torch.autograd.Function):
+    """A layer as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        way: Way,
+        weights: ExpertWeights,
+        dispatch: Dispatch,
+        scales: Mapping[str, float],
+        hidden_TD: torch.Tensor,
+        gates_TK: torch.Tensor,
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute and keep; `factors` are A and B of each matrix of `scales`, in its order."""
+        layer = Layer(weights, paired(scales, factors), dispatch)
+        kept = Kept.room(layer, hidden_TD)
+        out_TD = way.forward(layer, hidden_TD, gates_TK, kept)
+        ctx.way, ctx.weights, ctx.scales = way, weights, scales
+        sorting = (dispatch.pair_S, dispatch.token_S, dispatch.loads_E)
+        ctx.save_for_backward(hidden_TD, gates_TK, *sorting, kept.pre_S2F, *kept.low.values(), *factors)
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return a gradient for each input of `forward`."""
+        hidden_TD, gates_TK, pair_S, token_S, loads_E, pre_S2F, *rest = ctx.saved_tensors
+        scales: Mapping[str, float] = ctx.scales
+        low, factors = rest[: len(scales)], rest[len(scales) :]
+        layer = Layer(ctx.weights, paired(scales, factors), Dispatch(pair_S, token_S, loads_E))
+        kept = Kept(pre_S2F, dict(zip(scales, low, strict=True)))
+        wants_input: bool = ctx.needs_input_grad[4]
+        with torch.autocast(dout_TD.device.type, enabled=False):
+            way: Way = ctx.way
+            found = way.backward(layer, hidden_TD, gates_TK, kept, dout_TD, wants_input)
+        stacks = (found.factors.get((matrix, side)) for matrix in scales for side in "AB")
+        return None, None, None, None, found.hidden_TD, found.gates_TK, *stacks
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_experts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,9 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models.counting import ActivationCounter, counting
+from emberfed.models.expert_weights import check_supported
 from emberfed.models.families import Family, family_of
-from emberfed.models.gating import Gate, Rescale, gate_weights
+from emberfed.models.gating import Gate, Rescale, mass_of, with_mass
+from emberfed.models.matmul import hasten
+from emberfed.models.padding import PaddingFilter
+from emberfed.models.quantised import QuantisedWeight
 from emberfed.models.routed_lora import IMPLEMENTATION
+
+_MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 @final
@@ -27,16 +33,20 @@ class SparseBlock:
 
     Attributes:
         layer: Index of its decoder layer.
+        module: The block itself.
         router: Module that returns (logits, weights, index).
         experts: Module with the stacked expert weights.
+        shared_experts: MLP that every token goes through besides its experts, if the block has one.
         num_experts: E.
         native_top_k: K of the checkpoint.
         native_gate: What the checkpoint does with the weights of the kept experts.
     """
 
     layer: int
+    module: nn.Module
     router: nn.Module
     experts: nn.Module
+    shared_experts: nn.Module | None
     num_experts: int
     native_top_k: int
     native_gate: Gate
@@ -50,26 +60,41 @@ class ModelShape:
     Attributes:
         hidden: D.
         expert_intermediate: F, the hidden size of one expert.
+        shared_intermediate: Hidden size of the MLP that every token goes through besides its experts; 0 if none.
+        dense_intermediate: Hidden size of the MLP of layers without experts; 0 if every layer has experts.
         num_layers: Decoder layers.
+        sparse_layers: Indices of those with experts.
+        dense_layers: Indices of those without.
         num_experts: E per block.
         native_top_k: K of the checkpoint.
-        attention: (out, in) of each attention linear.
+        attention: (out, in) of each attention linear of layer 0.
         heads: Query heads.
-        head_dim: Size of one head.
+        qk_head_dim: Size of one head's query and key.
+        v_head_dim: Size of one head's value.
         vocabulary: Rows of the embedding.
-        parameters: All parameters, tied ones once.
+        parameters: All parameters, tied ones once, those kept in fewer bits included.
     """
 
     hidden: int
     expert_intermediate: int
+    shared_intermediate: int
+    dense_intermediate: int
     num_layers: int
+    sparse_layers: tuple[int, ...]
+    dense_layers: tuple[int, ...]
     num_experts: int
     native_top_k: int
     attention: Mapping[str, tuple[int, int]]
     heads: int
-    head_dim: int
+    qk_head_dim: int
+    v_head_dim: int
     vocabulary: int
     parameters: int
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head, for models whose queries, keys and values agree on it."""
+        return self.qk_head_dim
 
 
 @final
@@ -93,12 +118,14 @@ class SparseModel:
     def __init__(self, lm: Any) -> None:
         """Take over a transformers model: freeze it and let it compute experts our way.
 
-        Raises: ModelError if it is dense, of no known family, or without a block where the family has them.
+        Raises: ModelError if it is dense, of no known family, or not built as its family's record says.
         """
         self.family: Family = family_of(lm.config)
         self.lm = lm.eval().requires_grad_(False)
-        self.lm.set_experts_implementation(IMPLEMENTATION)
         self.blocks = _blocks(lm, self.family)
+        self.lm.set_experts_implementation(IMPLEMENTATION)
+        hasten(lm)
+        self._padding = PaddingFilter(lm.base_model, (block.experts for block in self.blocks))
         first = self.blocks[0]
         self._native = _Routing(first.native_top_k, first.native_gate, "none")
         self._routing = self._native
@@ -120,9 +147,19 @@ class SparseModel:
         return self._native.top_k
 
     @property
+    def largest_top_k(self) -> int:
+        """The most experts that can be active per token: E, or fewer where the router chooses among groups first."""
+        return _largest_top_k(self.lm.config, self.family)
+
+    @property
     def top_k(self) -> int:
         """Active experts per token now."""
         return self._routing.top_k
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether `lm(..., output_router_logits=True).aux_loss` is a load-balancing loss."""
+        return self.family.auxiliary_loss
 
     @property
     def device(self) -> torch.device:
@@ -134,29 +171,48 @@ class SparseModel:
     def shape(self) -> ModelShape:
         """The model's sizes."""
         config = self.lm.config
-        linears = {
-            name: getattr(attrgetter(self.family.attention)(self._layers[0]), name)
-            for name in self.family.attention_linears
+        attention = {
+            name: _size(getattr(module, name)) for (_, name), (module, _) in self._attention_linears(0).items()
         }
+        queries = attention.get("q_b_proj") or attention["q_proj"]
+        sparse = tuple(block.layer for block in self.blocks)
+        dense = tuple(layer for layer in range(len(self._layers)) if layer not in sparse)
+        shared = self.blocks[0].shared_experts
+        dense_mlp = attrgetter(self.family.block)(self._layers[dense[0]]) if dense else None
         return ModelShape(
             hidden=config.hidden_size,
             expert_intermediate=getattr(config, self.family.expert_intermediate),
+            shared_intermediate=0 if shared is None else _size(shared.gate_proj)[0],
+            dense_intermediate=0 if dense_mlp is None else _size(dense_mlp.gate_proj)[0],
             num_layers=len(self._layers),
+            sparse_layers=sparse,
+            dense_layers=dense,
             num_experts=self.num_experts,
             native_top_k=self.native_top_k,
-            attention={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+            attention=attention,
             heads=config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            qk_head_dim=queries[0] // config.num_attention_heads,
+            v_head_dim=attention["o_proj"][1] // config.num_attention_heads,
             vocabulary=self.lm.get_input_embeddings().num_embeddings,
-            parameters=sum(parameter.numel() for parameter in self.lm.parameters()),
+            parameters=_parameters(self.lm),
         )
 
     def attention_linears(self) -> Mapping[tuple[int, str], tuple[nn.Module, str]]:
         """Return, for each (layer, linear's name), the attention module and the attribute that holds the linear."""
         return {
-            (layer, name): (attrgetter(self.family.attention)(module), name)
-            for layer, module in enumerate(self._layers)
-            for name in self.family.attention_linears
+            key: place for layer in range(len(self._layers)) for key, place in self._attention_linears(layer).items()
+        }
+
+    def shared_linears(self) -> Mapping[tuple[int, str], tuple[nn.Module, str]]:
+        """Return the linears of shared experts as `attention_linears` does; empty if the model has no such experts.
+
+        Names are gate_proj, up_proj and down_proj, whatever the family calls the module around them.
+        """
+        return {
+            (block.layer, name): (block.shared_experts, name)
+            for block in self.blocks
+            if block.shared_experts is not None
+            for name in _MLP_LINEARS
         }
 
     @contextmanager
@@ -166,24 +222,21 @@ class SparseModel:
         """Route every token to `top_k` experts inside the context; restores what was before, also after exceptions.
 
         Args:
-            top_k: K, from 1 to the number of experts.
+            top_k: K, from 1 to `largest_top_k`.
             gate: `native` is the checkpoint's own convention (at the native K the logits keep every bit);
-                `renormalised` makes the weights of the K kept experts sum to 1.
-            rescale: On a gate that does not renormalise: `static` multiplies the experts' output by native K / K,
-                `mass` by the probability of the native K best experts over that of the K best, per token.
+                `renormalised` divides the router's weights of the K kept experts by their sum, in float32. They then
+                sum to 1, or to the factor by which the family's router scales its weights (`family.scaling`).
+            rescale: On a gate that does not renormalise: `static` multiplies the weights by native K / K, `mass` by
+                the sum of the weights of the native K best experts over that of the K best, per token.
 
         Raises: ConfigError if `top_k` is out of range, or `rescale` is asked of a gate that renormalises.
         """
-        if not 1 <= top_k <= self.num_experts:
-            raise ConfigError(
-                f"top_k {top_k} is impossible: the model has {self.num_experts} experts per layer; "
-                f"choose 1 to {self.num_experts}"
-            )
+        self._check_top_k(top_k)
         resolved = self._native.gate if gate == "native" else "renormalised"
         if resolved == "renormalised" and rescale != "none":
             raise ConfigError(
                 f"rescale {rescale!r} does not go with a gate that renormalises (gate {gate!r} here): "
-                f"its weights sum to 1 at every top_k; use rescale 'none'"
+                f"its weights have the same sum at every top_k; use rescale 'none'"
             )
         before = self._routing
         self._apply(_Routing(top_k, resolved, rescale))
@@ -212,51 +265,177 @@ class SparseModel:
         """
         with ExitStack() as stack:
             for layer in self._layers:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+                layer.forward = partial(self._checkpointed, layer.forward)
                 stack.callback(delattr, layer, "forward")  # uncovers the class's own
             yield
 
+    def _checkpointed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = self._padding.as_now(forward)
+        return checkpoint(bound, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def _check_top_k(self, top_k: int) -> None:
+        if 1 <= top_k <= self.largest_top_k:
+            return
+        limit = self.family.groups(self.lm.config)
+        why = (
+            f"the model has {self.num_experts} experts per layer"
+            if limit is None or top_k > self.num_experts or top_k < 1
+            else f"the router keeps {limit.kept} of {limit.groups} groups of {limit.group_size} experts for a token, "
+            f"then chooses among those"
+        )
+        raise ConfigError(f"top_k {top_k} is impossible: {why}; choose 1 to {self.largest_top_k}")
+
     def _apply(self, routing: _Routing) -> None:
         for block in self.blocks:
-            setattr(block.router, self.family.router_top_k, routing.top_k)
-        # The auxiliary loss reads K from the model; other parts of transformers read it from the config.
-        setattr(self.lm, self.family.top_k, routing.top_k)
+            for holder in (block.router, block.module):
+                if hasattr(holder, self.family.router_top_k):
+                    setattr(holder, self.family.router_top_k, routing.top_k)
+        # The auxiliary loss reads K from the causal model; other parts of transformers read it from the config.
+        if hasattr(self.lm, self.family.top_k):
+            setattr(self.lm, self.family.top_k, routing.top_k)
         setattr(self.lm.config, self.family.top_k, routing.top_k)
         while self._gate_hooks:
             self._gate_hooks.pop().remove()
-        rescaled = routing.rescale != "none" and routing.top_k != self.native_top_k
-        if rescaled or routing.gate != self._native.gate:
-            self._gate_hooks = [block.router.register_forward_hook(self._gate) for block in self.blocks]
+        other_k = routing.top_k != self.native_top_k
+        routed_here = self.family.fixed is not None and other_k
+        if routed_here or routing.gate != self._native.gate or (routing.rescale != "none" and other_k):
+            # Before all other hooks, so that whoever counts experts sees those that are used.
+            self._gate_hooks = [block.router.register_forward_hook(self._gate, prepend=True) for block in self.blocks]
         self._routing = routing
 
-    def _gate(self, _: nn.Module, __: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        logits_TE, weights_TK = output[:2]
-        now = self._routing
-        new_TK, index_TK = gate_weights(logits_TE, now.top_k, now.gate, now.rescale, self.native_top_k)
-        return logits_TE, new_TK.to(weights_TK.dtype), index_TK
+    def _gate(self, router: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits_TE, weights_TK, index_TK = output[:3]
+        fixed = self.family.fixed
+        if fixed is not None and self.top_k != fixed.top_k:
+            weights_TK, index_TK = fixed.route(logits_TE, self.top_k, router)
+        return logits_TE, self._repaired(weights_TK, router, inputs).to(weights_TK.dtype), index_TK
+
+    def _repaired(self, weights_TK: torch.Tensor, router: nn.Module, inputs: Any) -> torch.Tensor:
+        if self._routing.gate != self._native.gate:
+            scaling = self.family.scaling
+            return with_mass(weights_TK, 1.0 if scaling is None else getattr(self.lm.config, scaling))
+        if self._routing.rescale == "static":
+            return weights_TK.float() * (self.native_top_k / self.top_k)
+        if self._routing.rescale == "mass":
+            return with_mass(weights_TK, mass_of(self._native_weights(router, inputs)))
+        return weights_TK
+
+    def _native_weights(self, router: nn.Module, inputs: Any) -> torch.Tensor:
+        """Ask the router again, past all hooks, what it would give at the native K: (T, native K)."""
+        setattr(router, self.family.router_top_k, self.native_top_k)
+        try:
+            weights: torch.Tensor = router.forward(*inputs)[1]
+        finally:
+            setattr(router, self.family.router_top_k, self.top_k)
+        return weights
 
     @property
     def _layers(self) -> nn.ModuleList:
         layers: nn.ModuleList = attrgetter(self.family.layers)(self.lm)
         return layers
 
+    def _attention_linears(self, layer: int) -> Mapping[tuple[int, str], tuple[nn.Module, str]]:
+        attention = _part(self._layers[layer], self.family.attention)
+        found = {
+            (layer, name): (attention, name)
+            for name in self.family.attention_linears
+            if attention is not None and _part(attention, name) is not None
+        }
+        if not found:
+            raise _misfit(
+                self.family,
+                f"{self.family.layers}.{layer}.{self.family.attention} has none of the linear layers "
+                f"{', '.join(self.family.attention_linears)}",
+            )
+        return found
+
 
 def _blocks(lm: Any, family: Family) -> tuple[SparseBlock, ...]:
-    config = lm.config
-    answer = family.renormalises
-    renormalises = answer if isinstance(answer, bool) else bool(getattr(config, answer))
-    blocks = tuple(
-        SparseBlock(
-            layer=layer,
-            router=attrgetter(family.router)(block),
-            experts=attrgetter(family.experts)(block),
-            num_experts=getattr(config, family.num_experts),
-            native_top_k=getattr(config, family.top_k),
-            native_gate="renormalised" if renormalises else "plain",
-        )
-        for layer, module in enumerate(attrgetter(family.layers)(lm))
-        if hasattr(block := attrgetter(family.block)(module), family.router)
-    )
+    layers = _part(lm, family.layers)
+    if layers is None:
+        raise _misfit(family, f"the model has no {family.layers}")
+    found = [_block(lm.config, family, number, layer) for number, layer in enumerate(layers)]
+    blocks = tuple(block for block in found if block is not None)
     if not blocks:
-        raise ModelError(f"no layer of this {config.model_type} model has experts; choose a sparse model")
+        raise ModelError(
+            f"no layer of this {lm.config.model_type} model has experts (looked in {family.layers} for "
+            f"{family.block}.{family.experts} and {family.block}.{family.router}); choose a sparse model"
+        )
     return blocks
+
+
+def _block(config: Any, family: Family, number: int, layer: nn.Module) -> SparseBlock | None:
+    """Return the layer's mixture of experts, None for a dense layer."""
+    where = f"{family.layers}.{number}.{family.block}"
+    module = _part(layer, family.block)
+    if module is None:
+        raise _misfit(family, f"the model has no {where}")
+    router, experts = _part(module, family.router), _part(module, family.experts)
+    if router is None and experts is None:
+        return None
+    if router is None or not hasattr(router, family.router_top_k):
+        raise _misfit(
+            family, f"{where} has experts, but no router with {family.router_top_k!r} at {where}.{family.router}"
+        )
+    if experts is None:
+        raise _misfit(family, f"{where} has a router, but no experts at {where}.{family.experts}")
+    check_supported(experts, f"{where}.{family.experts}")
+    return SparseBlock(
+        layer=number,
+        module=module,
+        router=router,
+        experts=experts,
+        shared_experts=None if family.shared_experts is None else _part(module, family.shared_experts),
+        num_experts=getattr(config, family.num_experts),
+        native_top_k=_native_top_k(config, family),
+        native_gate="renormalised" if _renormalises(config, family) else "plain",
+    )
+
+
+def _native_top_k(config: Any, family: Family) -> int:
+    native: int | None = getattr(config, family.top_k)
+    if family.fixed is not None and native != family.fixed.top_k:
+        raise ModelError(
+            f"{family.top_k} is {native} in this {family.model_type} model's config, but routers of this family pick "
+            f"{family.fixed.top_k} experts whatever it says; set it to {family.fixed.top_k}, and choose another number "
+            f"with top_k"
+        )
+    if native is None or not 1 <= native <= _largest_top_k(config, family):
+        raise ModelError(
+            f"{family.top_k} is {native} in this {family.model_type} model's config, but its routers can pick 1 to "
+            f"{_largest_top_k(config, family)} experts; the config is damaged"
+        )
+    return native
+
+
+def _largest_top_k(config: Any, family: Family) -> int:
+    limit = family.groups(config)
+    return int(getattr(config, family.num_experts)) if limit is None else limit.largest_top_k
+
+
+def _renormalises(config: Any, family: Family) -> bool:
+    answer = family.renormalises
+    return answer if isinstance(answer, bool) else bool(getattr(config, answer))
+
+
+def _part(module: Any, path: str) -> Any:
+    """Follow a dotted path; None where it leads nowhere."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _size(linear: Any) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
+
+
+def _parameters(lm: nn.Module) -> int:
+    quantised = sum(module.shape.numel() for module in lm.modules() if isinstance(module, QuantisedWeight))
+    return sum(parameter.numel() for parameter in lm.parameters()) + quantised
+
+
+def _misfit(family: Family, what: str) -> ModelError:
+    return ModelError(
+        f"{what}: not a {family.model_type} model as emberfed/models/families/{family.model_type}.py describes it; "
+        f"the versions of transformers and emberfed may not go together"
+    )

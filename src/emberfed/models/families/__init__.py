@@ -4,10 +4,64 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Any, Protocol, final
+
+import torch
+from torch import nn
 
 from emberfed.errors import ModelError, closest
+
+GROUPED_QUERY_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Attention with a key and a value for each head or group of heads."""
+
+LATENT_LINEARS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+"""Multi-head latent attention (https://arxiv.org/abs/2405.04434); queries are compressed (q_a, q_b) or not (q)."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GroupLimit:
+    """Routing that first keeps some groups of experts for a token, and then experts of those groups only.
+
+    Attributes:
+        kept: Groups that stay.
+        groups: Groups there are.
+        group_size: Experts of one group.
+    """
+
+    kept: int
+    groups: int
+    group_size: int
+
+    @property
+    def largest_top_k(self) -> int:
+        """The most experts a token can be sent to."""
+        return self.kept * self.group_size
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FixedRouting:
+    """A router that picks the same number of experts whatever its `top_k` says.
+
+    Attributes:
+        top_k: How many it picks.
+        route: What it would do at another K: from (logits (T, E), K, router) to weights (T, K) and experts (T, K).
+    """
+
+    top_k: int
+    route: Callable[[torch.Tensor, int, nn.Module], tuple[torch.Tensor, torch.Tensor]]
+
+
+def no_groups(_: Any) -> None:
+    """Say that any experts of a layer can be active together."""
+
+
+def group_limit(config: Any) -> GroupLimit:
+    """Read `n_group` and `topk_group`, as the DeepSeek-V3 family names them."""
+    return GroupLimit(config.topk_group, config.n_group, config.n_routed_experts // config.n_group)
 
 
 @final
@@ -15,22 +69,29 @@ from emberfed.errors import ModelError, closest
 class Family:
     """Where the parts of a sparse mixture-of-experts model are, in transformers' implementation of it.
 
-    Paths are dotted attribute names. A decoder layer without `block.router` is dense and gets no expert adapter.
+    Paths are dotted attribute names. A decoder layer without router and experts is dense and gets no expert adapter.
+    How expert weights are stored is not said here: transformers' experts modules say it themselves.
 
     Attributes:
         model_type: transformers' name of the model type; the file's name too.
         layers: From the causal model to its list of decoder layers.
-        block: From a decoder layer to its mixture of experts.
+        block: From a decoder layer to its mixture of experts, or in a dense layer to its MLP.
         router: From the block to the router, which returns (logits, weights, index).
-        experts: From the block to the module with the stacked `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F).
+        experts: From the block to the module with the stacked `gate_up_proj` and `down_proj`.
+        shared_experts: From the block to the MLP every token goes through besides its experts, if the family has one.
         attention: From a decoder layer to its attention.
-        attention_linears: The attention's linear layers that take LoRA.
-        router_top_k: The router's attribute with the number of experts per token.
-        top_k: The same on the causal model (for the auxiliary loss) and on its config.
+        attention_linears: Linear layers the attention may have; those that are there take LoRA.
+        top_k: Experts per token: the config's attribute; also the causal model's, if its auxiliary loss reads one.
+        router_top_k: The same on the router, and on the block if it has one of that name.
         num_experts: The config's attribute with the number of experts.
         expert_intermediate: The config's attribute with F, the hidden size of one expert.
-        renormalises: The config's attribute that says whether the weights of the kept experts are made to sum to 1,
-            or the answer itself where the family has no choice.
+        renormalises: The config's attribute that says whether the weights of the kept experts are made to sum to a
+            constant, or the answer itself where the family has no choice.
+        scaling: The config's attribute with the factor the router puts on all weights, if it has one: what
+            renormalised weights sum to. Elsewhere that is 1.
+        auxiliary_loss: Whether the causal model computes a load-balancing loss.
+        groups: From the config to the limit that groups of experts set.
+        fixed: Set for a router that ignores its `top_k`.
     """
 
     model_type: str
@@ -38,22 +99,24 @@ class Family:
     block: str = "mlp"
     router: str = "gate"
     experts: str = "experts"
+    shared_experts: str | None = None
     attention: str = "self_attn"
-    attention_linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    router_top_k: str = "top_k"
+    attention_linears: tuple[str, ...] = GROUPED_QUERY_LINEARS
     top_k: str = "num_experts_per_tok"
+    router_top_k: str = "top_k"
     num_experts: str = "num_experts"
     expert_intermediate: str = "intermediate_size"
     renormalises: str | bool = "norm_topk_prob"
+    scaling: str | None = None
+    auxiliary_loss: bool = True
+    groups: Callable[[Any], GroupLimit | None] = no_groups
+    fixed: FixedRouting | None = None
 
 
 class ModelTypeConfig(Protocol):
     """What `family_of` needs of a transformers config."""
 
     model_type: str
-
-
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def families() -> tuple[str, ...]:
@@ -64,10 +127,8 @@ def families() -> tuple[str, ...]:
 def load_family(model_type: str) -> Family:
     """Return the record of a model type. Raises: ModelError if there is none."""
     if model_type not in families():
-        known = ", ".join(families())
         raise ModelError(
-            f"model type {model_type!r} has no record; known: {known}{closest(model_type, families())}; to add it, "
-            f"write emberfed/models/families/{model_type}.py with FAMILY = Family(...)"
+            f"model type {model_type!r} has no record{closest(model_type, families())}; {_how_to_add(model_type)}"
         )
     family = importlib.import_module(f"{__name__}.{model_type}").FAMILY
     if not isinstance(family, Family):
@@ -76,10 +137,39 @@ def load_family(model_type: str) -> Family:
 
 
 def family_of(config: ModelTypeConfig) -> Family:
-    """Return the record for a transformers config. Raises: ModelError if the model is dense or of no known family."""
-    if config.model_type not in families() and not any(getattr(config, name, None) for name in _EXPERT_COUNTS):
+    """Return the record for a transformers config.
+
+    Raises: ModelError if the model is dense or of no known family; it says what the config tells about experts.
+    """
+    if config.model_type in families():
+        return load_family(config.model_type)
+    facts = _expert_facts(config)
+    if not facts:
         raise ModelError(
-            f"model type {config.model_type!r} is not a sparse mixture-of-experts model; "
-            f"choose one of a known type: {', '.join(families())}"
+            f"model type {config.model_type!r} is not a sparse mixture-of-experts model (its config says nothing of "
+            f"experts); choose one of a known type: {', '.join(families())}"
         )
-    return load_family(config.model_type)
+    found = ", ".join(f"{name}={value}" for name, value in sorted(facts.items()))
+    raise ModelError(
+        f"model type {config.model_type!r} has no record, though its config has experts ({found}); "
+        f"{_how_to_add(config.model_type)}"
+    )
+
+
+def _how_to_add(model_type: str) -> str:
+    return (
+        f"known: {', '.join(families())}; to add it, write "
+        f"emberfed/models/families/{model_type}.py with FAMILY = Family(model_type={model_type!r}, ...), "
+        f"which says where its routers and experts are"
+    )
+
+
+def _expert_facts(config: object, prefix: str = "") -> Mapping[str, int]:
+    """Return the whole numbers above zero a config, or a config inside it, has under a name with `expert` in it."""
+    facts: dict[str, int] = {}
+    for name, value in vars(config).items():
+        if "expert" in name and type(value) is int and value > 0:
+            facts[f"{prefix}{name}"] = value
+        elif hasattr(value, "model_type"):
+            facts.update(_expert_facts(value, f"{prefix}{name}."))
+    return facts

@@ -1,0 +1,13 @@
+"""GPT-OSS (https://arxiv.org/abs/2508.10925): softmax over the kept experts, biases everywhere, clamped activation.
+
+Its experts are stored transposed, gate and up alternating.
+"""
+
+from emberfed.models.families import Family
+
+FAMILY = Family(
+    model_type="gpt_oss",
+    router="router",
+    num_experts="num_local_experts",
+    renormalises=True,
+)

@@ -1,0 +1,8 @@
+"""Mixtral (https://arxiv.org/abs/2401.04088): 8 experts, top-2, softmax over the kept experts.
+
+Also the architecture of dense LLaMA models made sparse.
+"""
+
+from emberfed.models.families import Family
+
+FAMILY = Family(model_type="mixtral", num_experts="num_local_experts", renormalises=True)

@@ -1,0 +1,132 @@
+"""Experts with LoRA, one expert after the other: the path for CPUs and for bases in fewer than 16 bits.
+
+Backward forms gradients of A and B and of the inputs, never of the frozen base; it is given the pre-activations of gate
+and up and the small products x A', and computes every other activation again.
+
+Shapes: N rows of one expert, T tokens, K active experts, P = T * K pairs, S of them routed to some expert, D hidden, F
+expert hidden, R rank, E experts, U experts that got rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import final
+
+import torch
+
+from emberfed.models.expert_layer import Gradients, Kept, Layer, Nothing
+from emberfed.models.low_rank import INPUT_SIDE, OUTPUT_SIDE, Factors, sparse_over_experts
+from emberfed.models.matmul import times
+
+
+def forward(layer: Layer, hidden_TD: torch.Tensor, gates_TK: torch.Tensor, keep: Kept | Nothing) -> torch.Tensor:
+    """Return the sum over each token's experts, weighted by `gates_TK`, (T, D); sums go by expert, ascending."""
+    out_TD = torch.zeros_like(hidden_TD)
+    gates_P = gates_TK.reshape(-1)
+    weights, lora, dispatch = layer.weights, layer.lora, layer.dispatch
+    for expert, rows in dispatch.groups():
+        token_N = dispatch.token_S[rows]
+        x_ND = hidden_TD[token_N]
+        pre_N2F = times(x_ND, weights.gate_up(expert), weights.gate_up_bias(expert))
+        low = {matrix: lora[matrix].low(x_ND, expert) for matrix in INPUT_SIDE if matrix in lora}
+        for matrix, low_NR in low.items():
+            lora[matrix].add_high(weights.half(matrix, pre_N2F), low_NR, expert)
+        inner_NF = weights.gate(pre_N2F)
+        y_ND = times(inner_NF, weights.down(expert), weights.down_bias(expert))
+        if OUTPUT_SIDE in lora:
+            low[OUTPUT_SIDE] = lora[OUTPUT_SIDE].low(inner_NF, expert)
+            lora[OUTPUT_SIDE].add_high(y_ND, low[OUTPUT_SIDE], expert)
+        keep.put(rows, pre_N2F, low)
+        out_TD.index_add_(0, token_N, y_ND.mul_(gates_P[dispatch.pair_S[rows]].unsqueeze(1)))
+    return out_TD
+
+
+@final
+class FactorGradients:
+    """Gradients of the factors, with rows for the experts that got tokens and no others."""
+
+    def __init__(self, lora: Mapping[str, Factors], used: Iterable[int], device: torch.device) -> None:
+        """Make room for the factors that are trained."""
+        self._used_U = torch.tensor(list(used), dtype=torch.int64, device=device)
+        self._values = {
+            (matrix, side): factor.new_empty(len(self._used_U), *factor.shape[1:])
+            for matrix, factors in lora.items()
+            for side, factor in (("A", factors.a_ERI), ("B", factors.b_EOR))
+            if factor.requires_grad
+        }
+
+    def put(self, matrix: str, side: str, row: int, left_NX: torch.Tensor, right_NY: torch.Tensor) -> None:
+        """Write left' right as the gradient of one factor of the expert in that row."""
+        values = self._values.get((matrix, side))
+        if values is None:
+            return
+        if values.dtype == left_NX.dtype:
+            torch.mm(left_NX.t(), right_NY, out=values[row])
+        else:
+            values[row] = left_NX.t() @ right_NY
+
+    def stacked(self, num_experts: int) -> dict[tuple[str, str], torch.Tensor]:
+        """Return the gradients of the stacked factors, sparse over experts."""
+        return {key: sparse_over_experts(values, self._used_U, num_experts) for key, values in self._values.items()}
+
+
+def backward(
+    layer: Layer, hidden_TD: torch.Tensor, gates_TK: torch.Tensor, kept: Kept, dout_TD: torch.Tensor, wants_input: bool
+) -> Gradients:
+    """Return the gradients; those of the hidden states only if `wants_input`.
+
+    With y = inner W, a gate's gradient <dout, y> is <dout W', inner>: y is neither kept nor computed again.
+    """
+    weights, lora, dispatch = layer.weights, layer.lora, layer.dispatch
+    groups = list(dispatch.groups())
+    gradients = FactorGradients(lora, (expert for expert, _ in groups), hidden_TD.device)
+    dhidden_TD = torch.zeros_like(hidden_TD) if wants_input else None
+    gates_P = gates_TK.reshape(-1)
+    dgates_P = torch.zeros_like(gates_P)
+    for row, (expert, rows) in enumerate(groups):
+        token_N, pair_N = dispatch.token_S[rows], dispatch.pair_S[rows]
+        dout_ND, gate_N1 = dout_TD[token_N], gates_P[pair_N].unsqueeze(1)
+        pre_N2F = kept.pre_S2F[rows].requires_grad_()
+        with torch.enable_grad():
+            inner_NF = weights.gate(pre_N2F)
+        value_NF = inner_NF.detach()
+
+        dinner_NF = times(dout_ND, weights.down(expert).t())
+        if OUTPUT_SIDE in lora:
+            dlow_NR = lora[OUTPUT_SIDE].low_gradient(dout_ND, expert)
+            lora[OUTPUT_SIDE].add_input_gradient(dinner_NF, dlow_NR, expert)
+            gradients.put(OUTPUT_SIDE, "A", row, dlow_NR.mul_(gate_N1), value_NF)
+            gradients.put(OUTPUT_SIDE, "B", row, dout_ND, kept.low[OUTPUT_SIDE][rows] * gate_N1)
+        dgates_N = torch.linalg.vecdot(dinner_NF, value_NF)
+        bias_D = weights.down_bias(expert)
+        dgates_P[pair_N] = dgates_N if bias_D is None else dgates_N + dout_ND @ bias_D
+
+        (dpre_N2F,) = torch.autograd.grad(inner_NF, pre_N2F, dinner_NF.mul_(gate_N1))
+        dlow = _input_side(layer, expert, row, gradients, hidden_TD[token_N], dpre_N2F, kept, rows)
+        if dhidden_TD is not None:
+            dx_ND = times(dpre_N2F, weights.gate_up(expert).t())
+            for matrix, dlow_NR in dlow.items():
+                lora[matrix].add_input_gradient(dx_ND, dlow_NR, expert)
+            dhidden_TD.index_add_(0, token_N, dx_ND)
+    return Gradients(dhidden_TD, dgates_P.view_as(gates_TK), gradients.stacked(weights.num_experts))
+
+
+def _input_side(
+    layer: Layer,
+    expert: int,
+    row: int,
+    gradients: FactorGradients,
+    x_ND: torch.Tensor,
+    dpre_N2F: torch.Tensor,
+    kept: Kept,
+    rows: slice,
+) -> dict[str, torch.Tensor]:
+    """Form the gradients of gate's and up's factors; return those of their low products."""
+    dlow = {}
+    for matrix in INPUT_SIDE:
+        if matrix in layer.lora:
+            dhalf_NF = layer.weights.half(matrix, dpre_N2F)
+            dlow[matrix] = layer.lora[matrix].low_gradient(dhalf_NF, expert)
+            gradients.put(matrix, "A", row, dlow[matrix], x_ND)
+            gradients.put(matrix, "B", row, dhalf_NF, kept.low[matrix][rows])
+    return dlow

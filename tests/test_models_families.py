@@ -1,0 +1,412 @@
+"""Every family on disk, as transformers builds and saves it: routing at any K, counts, sizes, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from builders import FAMILY_VARIANTS, save_tiny_family, tiny_family_lm, token_ids
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from emberfed.errors import ConfigError, ModelError
+from emberfed.models.config import ModelConfig
+from emberfed.models.families import families, family_of, load_family
+from emberfed.models.gating import Rescale
+from emberfed.models.loading import load
+from emberfed.models.quantised import quantise_experts
+from emberfed.models.sparse_model import ModelShape, SparseBlock, SparseModel
+
+VARIANTS = [variant for variants in FAMILY_VARIANTS.values() for variant in variants]
+DENSE_LAYERS = {
+    "qwen2_moe-dense_layer": (1,),
+    "qwen3_moe-every_second": (0,),
+    "deepseek_v2-grouped": (0,),
+    "deepseek_v3": (0,),
+    "deepseek_v3-plain": (0,),
+    "ernie4_5_moe": (0,),
+    "ernie4_5_moe-unshared": (0,),
+    "glm4_moe": (0,),
+    "glm4_moe-plain": (0,),
+}
+SHARED_INTERMEDIATE = {
+    "qwen2_moe": 20,
+    "qwen2_moe-dense_layer": 20,
+    "deepseek_v2": 32,
+    "deepseek_v2-grouped": 32,
+    "deepseek_v3": 16,
+    "deepseek_v3-plain": 16,
+    "ernie4_5_moe": 32,
+    "glm4_moe": 16,
+    "glm4_moe-plain": 16,
+}
+PLAIN = [
+    "olmoe",
+    "flex_olmo",
+    "flex_olmo-three",
+    "qwen2_moe",
+    "qwen3_moe-every_second",
+    "deepseek_v2",
+    "deepseek_v2-grouped",
+    "deepseek_v3-plain",
+    "phimoe",
+    "glm4_moe-plain",
+]
+SCALE = {"deepseek_v2-grouped": 1.5, "deepseek_v3": 2.5, "deepseek_v3-plain": 2.5, "glm4_moe-plain": 2.0}
+LARGEST = {"flex_olmo-three": 6, "deepseek_v2-grouped": 4, "deepseek_v3": 4, "deepseek_v3-plain": 4}
+"""Facts of the variants in builders.py; elsewhere no layer is dense, nothing shared, the scale 1, and K at most 8."""
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def folder(variant: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_family(variant, tmp_path_factory.mktemp(variant))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> SparseModel:
+    return load(ModelConfig(path=str(folder)))[0]
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    return torch.randn(20, 32, generator=torch.Generator().manual_seed(3))
+
+
+def theirs(folder: Path, top_k: int) -> Any:
+    """The checkpoint as plain transformers loads it, with its own eager experts, its config saying `top_k`."""
+    config = AutoConfig.from_pretrained(folder)
+    config.num_experts_per_tok = top_k
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, experts_implementation="eager").eval()
+
+
+def logits(lm: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        answer: torch.Tensor = lm(input_ids=ids, **inputs).logits
+    return answer
+
+
+def routed(block: SparseBlock, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and experts the block's experts would get."""
+    with torch.no_grad():
+        _, weights, index = block.router(hidden)
+    return weights, index
+
+
+def traces(model: SparseModel) -> tuple[Any, ...]:
+    """Every place that holds K, and the hooks."""
+    return (
+        [block.router.top_k for block in model.blocks],
+        [getattr(block.module, "top_k", None) for block in model.blocks],
+        [len(block.router._forward_hooks) for block in model.blocks],
+        getattr(model.lm, "num_experts_per_tok", None),
+        model.lm.config.num_experts_per_tok,
+        model.lm.config.to_dict(),
+        model.top_k,
+    )
+
+
+def some_top_ks(model: SparseModel) -> list[int]:
+    return sorted({1, model.native_top_k, model.largest_top_k})
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert sorted(FAMILY_VARIANTS) == list(families())
+
+
+def test_logits_are_transformers_own(folder: Path, model: SparseModel) -> None:
+    ids = token_ids(2, 16)
+    expected = logits(theirs(folder, model.native_top_k), ids)
+    torch.testing.assert_close(logits(model.lm, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_k_is_a_checkpoint_of_that_k(folder: Path, model: SparseModel) -> None:
+    ids = token_ids(2, 16)
+    # A router that ignores its K has no such checkpoints; what it computes at another K is tested below.
+    for top_k in some_top_ks(model) if model.family.fixed is None else [model.native_top_k]:
+        expected = logits(theirs(folder, top_k), ids)
+        with model.active_experts(top_k):
+            torch.testing.assert_close(logits(model.lm, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_native_k_keeps_every_bit(variant: str, model: SparseModel) -> None:
+    ids = token_ids(2, 16)
+    expected = logits(model.lm, ids)
+    rescales: tuple[Rescale, ...] = ("none", "static", "mass") if variant in PLAIN else ("none",)
+    for rescale in rescales:
+        with model.active_experts(model.native_top_k, rescale=rescale):
+            assert torch.equal(logits(model.lm, ids), expected)
+
+
+@pytest.mark.parametrize("counted_first", [True, False])
+def test_counts_sum_to_real_tokens_times_k(model: SparseModel, counted_first: bool) -> None:
+    mask = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
+    ids = token_ids(2, 12) * mask
+    for top_k in some_top_ks(model):
+        outer, inner = model.count_activations(), model.active_experts(top_k)
+        if counted_first:
+            with outer as counter, inner:
+                logits(model.lm, ids, attention_mask=mask)
+        else:
+            with inner, outer as counter:
+                logits(model.lm, ids, attention_mask=mask)
+        assert counter.counts.sum(1).tolist() == [19 * top_k] * model.num_layers
+        assert counter.counts.max() <= 19, "an expert was picked twice for a token"
+
+
+def test_one_setter_changes_k_everywhere_and_back(model: SparseModel) -> None:
+    ids = token_ids(1, 8)
+    outside, expected = traces(model), logits(model.lm, ids)
+    with model.active_experts(1, "renormalised"):
+        inside = traces(model)
+        routers, modules, _, lm, config, everything, now = inside
+        assert {*routers, *modules, lm, config, now} <= {1, None}
+        changed = {key for key, value in everything.items() if value != outside[5][key]}
+        assert changed <= {"num_experts_per_tok", "moe_k"}
+        assert len(changed) == 1
+        with pytest.raises(RuntimeError, match="inside"), model.active_experts(model.largest_top_k):
+            raise RuntimeError("inside")
+        assert traces(model) == inside
+    assert traces(model) == outside
+    assert torch.equal(logits(model.lm, ids), expected)
+
+
+def balance(all_logits: tuple[torch.Tensor, ...], top_k: int, mask: list[int]) -> float:
+    """Switch Transformer's load balance over all layers and real tokens, one token after the other."""
+    experts, tokens = all_logits[0].shape[1], sum(mask) * len(all_logits)
+    picks, probability = [0.0] * experts, [0.0] * experts
+    for layer in all_logits:
+        for row, real in zip(layer.tolist(), mask, strict=True):
+            odds = [math.exp(value - max(row)) for value in row]
+            for expert in sorted(range(experts), key=row.__getitem__)[-top_k:]:
+                picks[expert] += real / tokens
+            for expert in range(experts):
+                probability[expert] += real * odds[expert] / sum(odds) / tokens
+    return experts * sum(pick * share for pick, share in zip(picks, probability, strict=True))
+
+
+def test_the_auxiliary_loss_uses_the_active_k(model: SparseModel) -> None:
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    ids = token_ids(2, 9) * mask
+    for top_k in some_top_ks(model):
+        with torch.no_grad(), model.active_experts(top_k):
+            output = model.lm(input_ids=ids, attention_mask=mask, output_router_logits=True)
+        if not model.has_auxiliary_loss:
+            assert output.get("aux_loss") is None
+            continue
+        expected = balance(output.router_logits, top_k, mask.flatten().tolist())
+        assert output.aux_loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_renormalised_weights_sum_to_the_familys_scale(variant: str, model: SparseModel, hidden: torch.Tensor) -> None:
+    for top_k in range(1, model.largest_top_k + 1):
+        with model.active_experts(top_k):
+            native, native_index = routed(model.blocks[0], hidden)
+        with model.active_experts(top_k, "renormalised"):
+            weights, index = routed(model.blocks[0], hidden)
+        assert index.shape == (20, top_k)
+        assert torch.equal(index, native_index)
+        torch.testing.assert_close(weights.sum(-1), torch.full((20,), SCALE.get(variant, 1.0)))
+        torch.testing.assert_close(weights * native.sum(-1, keepdim=True), native * SCALE.get(variant, 1.0))
+
+
+def test_the_native_gate_is_what_the_family_says(variant: str, model: SparseModel, hidden: torch.Tensor) -> None:
+    assert model.blocks[0].native_gate == ("plain" if variant in PLAIN else "renormalised")
+    with model.active_experts(1):
+        alone, _ = routed(model.blocks[0], hidden)
+    same = torch.allclose(alone, torch.full((20, 1), SCALE.get(variant, 1.0)))
+    assert same == (variant not in PLAIN)
+
+
+def test_rescaling(variant: str, model: SparseModel, hidden: torch.Tensor) -> None:
+    if variant not in PLAIN:
+        with pytest.raises(ConfigError, match="rescale 'mass'"), model.active_experts(1, rescale="mass"):
+            pass
+        return
+    block = model.blocks[0]
+    native, _ = routed(block, hidden)
+    for top_k in some_top_ks(model):
+        with model.active_experts(top_k):
+            plain, experts = routed(block, hidden)
+        with model.active_experts(top_k, rescale="static"):
+            static, same = routed(block, hidden)
+        assert torch.equal(same, experts)
+        torch.testing.assert_close(static, plain * (model.native_top_k / top_k))
+        with model.active_experts(top_k, rescale="mass"):
+            mass, same = routed(block, hidden)
+        assert torch.equal(same, experts)
+        torch.testing.assert_close(mass.sum(-1), native.sum(-1))
+        torch.testing.assert_close(mass * plain.sum(-1, keepdim=True), plain * native.sum(-1, keepdim=True))
+        assert block.router.top_k == model.native_top_k
+
+
+def test_impossible_top_k(variant: str, model: SparseModel) -> None:
+    largest = LARGEST.get(variant, 8)
+    assert model.largest_top_k == largest
+    for top_k in (0, model.num_experts + 1):
+        why = (
+            rf"top_k {top_k} is impossible: the model has {model.num_experts} experts per layer; choose 1 to {largest}$"
+        )
+        with pytest.raises(ConfigError, match=why), model.active_experts(top_k):
+            pass
+    if largest < model.num_experts:
+        why = rf"top_k {largest + 1} is impossible: the router keeps 2 of 4 groups of 2 experts.*choose 1 to {largest}$"
+        with pytest.raises(ConfigError, match=why), model.active_experts(largest + 1):
+            pass
+
+
+@pytest.mark.parametrize("name", [name for name in LARGEST if LARGEST[name] == 4])
+def test_all_experts_of_the_chosen_groups_can_be_active(name: str, hidden: torch.Tensor) -> None:
+    model = SparseModel(tiny_family_lm(name))
+    with model.active_experts(4):
+        weights, index = routed(model.blocks[0], hidden)
+    assert (weights > 0).all()
+    for experts in index.tolist():
+        assert len(set(experts)) == 4
+        assert len({expert // 2 for expert in experts}) == 2
+
+
+def test_greedy_generation_with_a_cache_at_k_1(model: SparseModel) -> None:
+    ids = token_ids(2, 5)
+    with model.active_experts(1), model.count_activations() as counter:
+        found = model.lm.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, use_cache=True
+        )
+    assert counter.counts.sum(1).tolist() == [2 * (5 + 3)] * model.num_layers
+    with model.active_experts(1):
+        for _ in range(4):
+            step = logits(model.lm, ids, use_cache=False)[:, -1:]
+            ids = torch.cat([ids, step.argmax(-1)], dim=1)
+    assert torch.equal(found, ids)
+
+
+def test_sizes(variant: str, model: SparseModel) -> None:
+    shape = model.shape
+    layers = shape.num_layers
+    dense = DENSE_LAYERS.get(variant, ())
+    assert (shape.dense_layers, shape.sparse_layers) == (dense, tuple(sorted({*range(layers)} - {*dense})))
+    assert [block.layer for block in model.blocks] == list(shape.sparse_layers)
+    assert (shape.hidden, shape.expert_intermediate, shape.vocabulary, shape.heads) == (32, 16, 64, 4)
+    assert shape.shared_intermediate == SHARED_INTERMEDIATE.get(variant, 0)
+    assert (shape.dense_intermediate > 0) == bool(dense)
+    assert counted_parameters(shape, model) == shape.parameters
+
+
+def counted_parameters(shape: ModelShape, model: SparseModel) -> int:
+    """All parameters, from the sizes; what sizes leave out (norms, biases, sinks, extra gates) by their names."""
+    attention = sum(rows * columns for rows, columns in shape.attention.values())
+    expert = 3 * shape.hidden * shape.expert_intermediate
+    mixture = shape.num_experts * (expert + shape.hidden) + 3 * shape.hidden * shape.shared_intermediate
+    matrices = (
+        shape.num_layers * attention
+        + len(shape.sparse_layers) * mixture
+        + len(shape.dense_layers) * 3 * shape.hidden * shape.dense_intermediate
+        + shape.hidden * shape.vocabulary * (1 if model.lm.config.tie_word_embeddings else 2)
+    )
+    others = ("norm.weight", "bias", "sinks", "shared_expert_gate.weight")
+    parameters: list[tuple[str, nn.Parameter]] = list(model.lm.named_parameters())
+    return matrices + sum(value.numel() for name, value in parameters if name.endswith(others))
+
+
+def test_weights_in_fewer_bits_count_as_parameters() -> None:
+    lm = tiny_family_lm("gpt_oss")
+    expected = SparseModel(lm).shape.parameters
+    quantise_experts(lm, 8)
+    assert sum(parameter.numel() for parameter in lm.parameters()) < expected
+    assert SparseModel(lm).shape.parameters == expected
+
+
+def test_attention_linears_are_all_linears_of_the_attention(model: SparseModel) -> None:
+    listed = {id(getattr(module, name)) for module, name in model.attention_linears().values()}
+    there = {
+        id(module)
+        for layer in model.lm.model.layers
+        for module in layer.self_attn.modules()
+        if isinstance(module, nn.Linear)
+    }
+    assert listed == there
+    assert {layer for layer, _ in model.attention_linears()} == {*range(model.shape.num_layers)}
+    sizes = {name: tuple(getattr(*place).weight.shape) for (_, name), place in model.attention_linears().items()}
+    assert sizes == model.shape.attention
+    assert sizes["o_proj"] == (32, 4 * model.shape.v_head_dim)
+
+
+def test_shared_linears_are_what_every_token_goes_through(variant: str, model: SparseModel) -> None:
+    linears = model.shared_linears()
+    size = SHARED_INTERMEDIATE.get(variant, 0)
+    assert {layer for layer, _ in linears} == (set(model.shape.sparse_layers) if size else set())
+    assert len(linears) == (3 * model.num_layers if size else 0)
+    for (layer, name), place in linears.items():
+        linear = getattr(*place)
+        assert isinstance(linear, nn.Linear)
+        assert linear.weight.shape == ((32, size) if name == "down_proj" else (size, 32))
+        assert linear in list(model.lm.model.layers[layer].mlp.modules())
+
+
+def test_a_router_that_cannot_do_what_the_config_says_is_refused() -> None:
+    with pytest.raises(ModelError, match="num_experts_per_tok is 1 .* phimoe .* pick 2 experts.*set it to 2"):
+        SparseModel(tiny_family_lm("phimoe", num_experts_per_tok=1))
+    with pytest.raises(ModelError, match="num_experts_per_tok is 6 .* deepseek_v3 .* can pick 1 to 4"):
+        SparseModel(tiny_family_lm("deepseek_v3", num_experts_per_tok=6))
+
+
+def test_a_model_that_is_not_what_the_record_says_is_refused_by_path(variant: str) -> None:
+    block, router = load_family(variant.partition("-")[0]).block, load_family(variant.partition("-")[0]).router
+    last = tiny_family_lm(variant).config.num_hidden_layers - 1
+    where = rf"model\.layers\.{last}\.{block}"
+
+    def broken(change: Any) -> SparseModel:
+        lm: Any = tiny_family_lm(variant)
+        change(lm.model.layers[last])
+        return SparseModel(lm)
+
+    with pytest.raises(ModelError, match=rf"{where} has experts, but no router .* at {where}\.{router}"):
+        broken(lambda layer: delattr(getattr(layer, block), router))
+    with pytest.raises(ModelError, match=rf"{where} has a router, but no experts at {where}\.experts"):
+        broken(lambda layer: delattr(getattr(layer, block), "experts"))
+    with pytest.raises(ModelError, match=rf"{where}\.experts is a Identity"):
+        broken(lambda layer: setattr(getattr(layer, block), "experts", nn.Identity()))
+    with pytest.raises(ModelError, match=rf"no {where}: .*families/.*\.py"):
+        broken(lambda layer: delattr(layer, block))
+    with pytest.raises(ModelError, match=rf"layers\.{last}\.self_attn has none of the linear layers .*o_proj"):
+        broken(lambda layer: setattr(layer, "self_attn", nn.Identity())).attention_linears()
+
+
+def test_a_causal_model_of_other_parts_is_refused() -> None:
+    lm: Any = tiny_family_lm("mixtral")
+    lm.model.blocks = lm.model.layers
+    del lm.model.layers
+    with pytest.raises(ModelError, match=r"no model\.layers: not a mixtral model"):
+        SparseModel(lm)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fact"),
+    [
+        ("jamba", "num_experts=16"),
+        ("llama4", "text_config.num_local_experts=16"),
+        ("dbrx", "ffn_config.moe_num_experts=4"),
+    ],
+)
+def test_an_unknown_sparse_model_is_told_what_was_found_and_how_to_add_it(model_type: str, fact: str) -> None:
+    with pytest.raises(ModelError, match=f"'{model_type}'") as caught:
+        family_of(AutoConfig.for_model(model_type))
+    line = str(caught.value)
+    assert fact in line
+    assert f"emberfed/models/families/{model_type}.py with FAMILY = Family(model_type='{model_type}'" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("name", ["jetmoe_dense", "llama", "gpt2"])
+def test_a_config_that_says_nothing_of_experts_is_dense(name: str) -> None:
+    with pytest.raises(ModelError, match=f"'{name}' is not a sparse mixture-of-experts model .* olmoe"):
+        family_of(SimpleNamespace(model_type=name, num_experts=0, num_hidden_layers=4))
