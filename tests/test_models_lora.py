@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import tiny_model, token_ids
+from builders import FAMILY_VARIANTS, tiny_family_lm, tiny_model, token_ids
 
 from emberfed.errors import ConfigError, ModelError
-from emberfed.models import lora
+from emberfed.models import lora, peft_layout
 from emberfed.models.lora import Adapter, LoraConfig
 from emberfed.models.sparse_model import SparseModel
 from emberfed.sections import validate
@@ -67,9 +68,11 @@ def train_step(
     ids = token_ids(1, 3, seed)
     with model.count_activations() as counter:
         model.lm(input_ids=ids, labels=ids).loss.backward()
-    gradients = {name: value.grad.clone() for name, value in adapter.parameters.items() if value.grad is not None}
+    gradients = {
+        name: value.grad.to_dense().clone() for name, value in adapter.parameters.items() if value.grad is not None
+    }
     touched = counter.take() > 0
-    groups.scatter_gradients(touched)
+    groups.take_gradients(touched)
     optimizer.step()
     groups.zero_grad()
     return touched, gradients
@@ -113,8 +116,10 @@ def test_config_covers_what_it_says() -> None:
     assert all(lora.is_expert(name) for name in experts)
     assert len(attention) == 16
     assert len(experts) == 12
-    with pytest.raises(ConfigError, match="both false"):
+    with pytest.raises(ConfigError, match="attention, experts and shared_experts are all false"):
         validate(LoraConfig, {"attention": False, "experts": False}, "adapter")
+    with pytest.raises(ConfigError, match=r"shared_experts is true, but olmoe models have no shared experts"):
+        initial(model, LoraConfig(shared_experts=True))
     with pytest.raises(ConfigError, match=r"adapter\.rank"):
         validate(LoraConfig, {"rank": 0}, "adapter")
 
@@ -170,6 +175,151 @@ def test_ranks_may_differ_between_tensors() -> None:
             name: value.shape for name, value in mixed.items()
         }
         assert not torch.equal(logits(model), logits(tiny_model()))
+
+
+PARTS: dict[str, Callable[[str], bool]] = {
+    "down_proj": lambda name: "down_proj" in name,
+    "gate_proj of one layer": lambda name: "1.experts.gate_proj" in name,
+    "one layer": lambda name: "layers.0." in name,
+    "one linear": lambda name: "layers.1.self_attn.v_proj" in name,
+    "one router": lambda name: name == "layers.1.router.weight",
+}
+
+
+@pytest.mark.parametrize("belongs", PARTS.values(), ids=PARTS)
+def test_a_part_of_an_adapter_is_one_whose_other_b_are_zero(belongs: Callable[[str], bool]) -> None:
+    model = tiny_model()
+    fresh = initial(model)
+    part = {name: value for name, value in noisy(fresh).items() if belongs(name)}
+    with lora.attached(model, part, ALPHA) as adapter:
+        assert list(adapter.tensors()) == list(part)
+        found = logits(model)
+        groups = adapter.trainable_groups()
+        assert {*groups.dense, *(group.name for group in groups.experts)} == set(part)
+    with lora.attached(model, fresh | part, ALPHA):
+        torch.testing.assert_close(found, logits(model), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found, logits(model))
+
+
+def test_a_part_can_be_trained() -> None:
+    model = tiny_model()
+    before = fingerprint(model)
+    part = {name: value for name, value in initial(model).items() if "up_proj" in name or "o_proj" in name}
+    with lora.attached(model, part, ALPHA) as adapter:
+        groups = adapter.trainable_groups()
+        optimizer = torch.optim.SGD(groups.parameters(), lr=0.5)
+        losses = []
+        for _ in range(3):
+            ids = token_ids(2, 8)
+            with model.count_activations() as counter:
+                loss = model.lm(input_ids=ids, labels=ids).loss
+                loss.backward()
+            losses.append(float(loss.detach()))
+            groups.take_gradients(counter.take() > 0)
+            optimizer.step()
+            groups.zero_grad()
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+    assert fingerprint(model) == before
+
+
+def test_shared_experts() -> None:
+    model = SparseModel(tiny_family_lm("deepseek_v3"))
+    before = fingerprint(model)
+    assert not [name for name in initial(model) if "shared_experts" in name]
+    config = LoraConfig(rank=3, attention=False, experts=False, shared_experts=True)
+    fresh = initial(model, config)
+    layers = [block.layer for block in model.blocks]
+    assert layers == list(range(1, layers[-1] + 1)), "its first layer is dense"
+    assert sorted(fresh) == sorted(
+        f"layers.{layer}.shared_experts.{matrix}_proj.lora_{factor}"
+        for layer in layers
+        for matrix in ("gate", "up", "down")
+        for factor in "AB"
+    )
+    expected = logits(model)
+    with lora.attached(model, fresh, ALPHA):
+        assert torch.equal(logits(model), expected)
+    with lora.attached(model, noisy(fresh), ALPHA) as adapter:
+        ids = token_ids(2, 8)
+        model.lm(input_ids=ids, labels=ids).loss.backward()
+        assert all(value.grad is not None and value.grad.any() for value in adapter.parameters.values())
+        assert not adapter.trainable_groups().experts
+        assert (logits(model) - expected).abs().max() > 0.1
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", FAMILY_VARIANTS)
+def test_every_family_takes_a_whole_adapter(name: str) -> None:
+    model = SparseModel(tiny_family_lm(name))
+    before = fingerprint(model)
+    tensors = initial(model, LoraConfig(rank=2, router=True, shared_experts=bool(model.shared_linears())))
+    expected = logits(model)
+    with lora.attached(model, tensors, ALPHA):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    with lora.attached(model, noisy(tensors), ALPHA) as adapter:
+        assert (logits(model) - expected).abs().max() > 0.1
+        ids = token_ids(8, 16)
+        model.lm(input_ids=ids, labels=ids).loss.backward()
+        silent = [name for name, value in adapter.parameters.items() if value.grad is None]
+    assert not silent
+    assert fingerprint(model) == before
+
+
+def saved(model: SparseModel, tensors: Tensors, folder: Path, alpha: float = ALPHA) -> str:
+    for name, data in peft_layout.to_files(tensors, alpha, model).items():
+        (folder / name).write_bytes(data)
+    return str(folder)
+
+
+def test_start_from_an_adapter(tmp_path: Path) -> None:
+    model = tiny_model()
+    tensors = noisy(initial(model))
+    folder = saved(model, tensors, tmp_path)
+    found = initial(model, EVERYTHING.model_copy(update={"start_from": folder}))
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_start_from_a_part(tmp_path: Path) -> None:
+    model = tiny_model()
+    part = {name: value for name, value in noisy(initial(model)).items() if "q_proj" in name or "1.experts" in name}
+    found = initial(model, LoraConfig(rank=3, start_from=saved(model, part, tmp_path)))
+    assert all(torch.equal(found[name], part[name]) for name in found)
+    assert len(found) == len(part)
+
+
+STARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "another rank": ({"rank": 5}, r"has rank 3, but adapter\.rank is 5; make them agree"),
+    "another alpha": ({"alpha": 8}, r"has alpha 16, but adapter\.alpha is 8; make them agree"),
+    "experts unasked": (
+        {"experts": False},
+        r"adapts the experts, but adapter\.experts is false; set adapter\.experts=true",
+    ),
+    "attention missing": ({"attention": True}, r"adapts no attention, but adapter\.attention is true; set"),
+    "router missing": ({"router": True}, r"adapts no router, but adapter\.router is true"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), STARTS.values(), ids=STARTS)
+def test_start_from_an_adapter_that_is_not_what_the_config_says(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    model = tiny_model()
+    config = LoraConfig(rank=3, attention=False)
+    folder = saved(model, noisy(initial(model, config)), tmp_path)
+    with pytest.raises(ConfigError, match=message) as raised:
+        initial(model, config.model_copy(update=changes | {"start_from": folder}))
+    assert folder in str(raised.value)
+
+
+def test_start_from_an_adapter_of_another_model(tmp_path: Path) -> None:
+    wider = tiny_model(hidden_size=64)
+    folder = saved(wider, noisy(initial(wider, LoraConfig(rank=3))), tmp_path)
+    with pytest.raises(ModelError, match=r"shape \(8, 3, 64\); expected \(8, 3, 32\)"):
+        initial(tiny_model(), EVERYTHING.model_copy(update={"start_from": folder}))
+    with pytest.raises(ModelError, match="not a readable PEFT adapter"):
+        initial(tiny_model(), LoraConfig(start_from=str(tmp_path / "nothing")))
 
 
 def test_the_empty_adapter_is_the_base() -> None:
@@ -291,13 +441,16 @@ def test_views_share_the_stacked_storage_and_forget_gradients() -> None:
         assert not (stacked[4] == 7).any()
         ids = token_ids(1, 4)
         model.lm(input_ids=ids, labels=ids).loss.backward()
-        groups.scatter_gradients(torch.ones(2, 8, dtype=torch.bool))
-        assert all(parameter.grad is not None for parameter in groups.parameters())
+        groups.take_gradients(torch.ones(2, 8, dtype=torch.bool))
+        assert all(parameter.grad is not None for parameter in groups.dense.values())
+        for group in groups.experts:
+            used = {expert for expert, view in enumerate(group.views) if view.grad is not None}
+            assert 0 < len(used) < 8, "few tokens reach some experts, not all"
         groups.zero_grad()
         assert all(parameter.grad is None for parameter in [*groups.parameters(), *adapter.parameters.values()])
         for wrong in (torch.ones(2, 8), torch.ones(2, 7, dtype=torch.bool), torch.ones(1, 8, dtype=torch.bool)):
             with pytest.raises(ValueError, match="touched must be bool"):
-                groups.scatter_gradients(wrong)
+                groups.take_gradients(wrong)
 
 
 def test_bfloat16_base_has_a_float32_adapter() -> None:
@@ -341,7 +494,7 @@ BROKEN: list[tuple[str, Callable[[Tensors], Tensors], str]] = [
     (
         "missing",
         lambda t: without(t, "layers.1.self_attn.k_proj.lora_B"),
-        r"lacks 'layers\.1\.self_attn\.k_proj\.lora_B' and 0 more",
+        r"has 'layers\.1\.self_attn\.k_proj\.lora_A' but lacks 'layers\.1\.self_attn\.k_proj\.lora_B'",
     ),
     (
         "shape",

@@ -1,4 +1,4 @@
-"""PEFT's file format: plain PEFT opens what we write and computes the same; we read it back bit by bit."""
+"""PEFT's file format: plain PEFT opens what we write and computes the same; we read what it writes, and our own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import torch
-from builders import token_ids
+from builders import FAMILY_VARIANTS, save_tiny_family, token_ids
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -25,30 +26,63 @@ from emberfed.models.sparse_model import SparseModel
 
 ALPHA = 7.0
 Tensors = dict[str, torch.Tensor]
-# PEFT 0.21 asks transformers 5.23 a question that transformers deprecates; it is not ours to answer.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    # PEFT 0.21 asks transformers 5.23 a question that transformers deprecates; it is not ours to answer.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # It looks for a pattern's matches among modules only; `test_without_attention...` looks at this warning.
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"),
+]
 
 CONFIGS = {
     "all": LoraConfig(rank=3),
     "with routers": LoraConfig(rank=3, router=True),
     "attention": LoraConfig(rank=3, experts=False),
+    "experts": LoraConfig(rank=2, attention=False),
     "rank 1": LoraConfig(rank=1),
 }
+MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
-@pytest.fixture
+def loaded(folder: Path) -> SparseModel:
+    return load(ModelConfig(path=str(folder), device="cpu"))[0]
+
+
+@pytest.fixture(scope="module")
 def model(tiny_model_folder: Path) -> SparseModel:
-    return load(ModelConfig(path=str(tiny_model_folder), device="cpu"))[0]
+    return loaded(tiny_model_folder)
+
+
+@pytest.fixture(scope="module", params=[name for names in FAMILY_VARIANTS.values() for name in names])
+def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of each family, and of its variants."""
+    return save_tiny_family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def family_model(family_folder: Path) -> SparseModel:
+    return loaded(family_folder)
+
+
+def moved(tensors: Tensors, seed: int = 0) -> Tensors:
+    """The adapter with every value moved, so that none is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
 
 
 def adapter(model: SparseModel, config: LoraConfig, seed: int = 0) -> Tensors:
-    """A random adapter, none of its values zero."""
-    generator = torch.Generator().manual_seed(seed)
-    fresh = lora.initial(model, config, generator)
-    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in fresh.items()}
+    return moved(lora.initial(model, config, torch.Generator().manual_seed(seed)), seed)
+
+
+def everything(model: SparseModel, rank: int = 3) -> LoraConfig:
+    return LoraConfig(rank=rank, router=True, shared_experts=bool(model.shared_linears()))
+
+
+def only(tensors: Tensors, *parts: str) -> Tensors:
+    return {name: value for name, value in tensors.items() if any(part in name for part in parts)}
 
 
 def write(files: dict[str, bytes], folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
@@ -64,20 +98,122 @@ def by_peft(base: Path, folder: Path) -> torch.Tensor:
     return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
 
 
-def by_us(model: SparseModel, tensors: Tensors) -> torch.Tensor:
-    with lora.attached(model, tensors, ALPHA):
+def by_us(model: SparseModel, tensors: Tensors, alpha: float = ALPHA) -> torch.Tensor:
+    with lora.attached(model, tensors, alpha):
         return logits(model.lm)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_plain_peft_computes_the_same(
-    model: SparseModel, config: LoraConfig, tiny_model_folder: Path, tmp_path: Path
+def assert_same(read: tuple[Tensors, float], tensors: Tensors) -> None:
+    found, alpha = read
+    assert alpha == ALPHA
+    assert list(found) == sorted(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def made_by_peft(base: Path, folder: Path, seed: int = 0, **options: Any) -> torch.Tensor:
+    """Write an adapter as a user of PEFT makes it, with random factors, and return what PEFT computes with it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global stream
+        options = {"r": 3, "lora_alpha": 5, "target_modules": []} | options
+        theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), PeftLoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in sorted(theirs.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(folder)
+    return logits(theirs.eval())
+
+
+# Every family.
+
+
+def test_plain_peft_computes_the_same_and_what_it_saves_reads_back(
+    family_model: SparseModel, family_folder: Path, tmp_path: Path
 ) -> None:
+    tensors = adapter(family_model, everything(family_model))
+    folder = write(peft_layout.to_files(tensors, ALPHA, family_model), tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(family_folder), folder)
+    expected = by_us(family_model, tensors)
+    assert_close(logits(theirs), expected)
+    assert (expected - logits(family_model.lm)).abs().max() > 0.01
+    assert_same(peft_layout.from_peft(folder, family_model), tensors)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same(peft_layout.from_peft(tmp_path / "theirs", family_model), tensors)
+
+
+def test_plain_peft_computes_the_same_without_attention(
+    family_model: SparseModel, family_folder: Path, tmp_path: Path
+) -> None:
+    tensors = adapter(family_model, LoraConfig(rank=2, attention=False), seed=1)
+    folder = write(peft_layout.to_files(tensors, ALPHA, family_model), tmp_path)
+    assert_close(by_peft(family_folder, folder), by_us(family_model, tensors))
+
+
+KINDS: dict[str, tuple[bool, list[str]]] = {
+    "attention": (True, []),
+    "gate_up": (False, ["experts.gate_up_proj"]),
+    "down": (False, ["experts.down_proj"]),
+    "both": (False, ["experts.gate_up_proj", "experts.down_proj"]),
+    "both and attention": (True, ["experts.down_proj", "experts.gate_up_proj"]),
+}
+
+
+@pytest.mark.parametrize(("attention", "parameters"), KINDS.values(), ids=KINDS)
+def test_adapters_of_pefts_own_making(
+    family_model: SparseModel, family_folder: Path, tmp_path: Path, attention: bool, parameters: list[str]
+) -> None:
+    modules = sorted({name for _, name in family_model.attention_linears()}) if attention else []
+    expected = made_by_peft(family_folder, tmp_path, target_modules=modules, target_parameters=parameters or None)
+    tensors, alpha = peft_layout.from_peft(tmp_path, family_model)
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    found = by_us(family_model, tensors, alpha)
+    assert_close(found, expected)
+    assert (found - logits(family_model.lm)).abs().max() > 0.01
+    again = write(peft_layout.to_files(tensors, alpha, family_model), tmp_path / "again")
+    assert_close(by_peft(family_folder, again), expected)
+
+
+# One family is enough for what follows.
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_round_trip_keeps_every_bit(model: SparseModel, config: LoraConfig, tmp_path: Path) -> None:
     tensors = adapter(model, config)
+    kept = {name: value.clone() for name, value in tensors.items()}
+    files = peft_layout.to_files(tensors, ALPHA, model)
+    assert files == peft_layout.to_files(tensors, ALPHA, model)
+    assert_same(peft_layout.from_peft(write(files, tmp_path), model), kept)
+    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+
+
+def test_a_fresh_adapter_survives(model: SparseModel, tmp_path: Path) -> None:
+    tensors = lora.initial(model, LoraConfig(rank=3, router=True), torch.Generator().manual_seed(0))
+    assert_same(peft_layout.from_peft(write(peft_layout.to_files(tensors, ALPHA, model), tmp_path), model), tensors)
+
+
+PARTS = {
+    "down_proj": ("down_proj",),
+    "gate_proj": ("gate_proj",),
+    "up_proj and q_proj": ("up_proj", "q_proj"),
+    "one layer": ("layers.1.",),
+    "v_proj of one layer": ("layers.0.self_attn.v_proj",),
+    "gate_up of one layer, down of the other": ("0.experts.gate", "0.experts.up", "1.experts.down"),
+    "one router": ("self_attn", "layers.0.router"),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_any_part_of_an_adapter(
+    model: SparseModel, tiny_model_folder: Path, tmp_path: Path, parts: tuple[str, ...]
+) -> None:
+    tensors = only(adapter(model, LoraConfig(rank=3, router=True)), *parts)
     folder = write(peft_layout.to_files(tensors, ALPHA, model), tmp_path)
-    found = by_peft(tiny_model_folder, folder)
-    torch.testing.assert_close(found, by_us(model, tensors), rtol=1e-5, atol=1e-5)
-    assert (found - logits(model.lm)).abs().max() > 0.01
+    assert_close(by_peft(tiny_model_folder, folder), by_us(model, tensors))
+    assert_same(peft_layout.from_peft(folder, model), tensors)
 
 
 def test_without_attention_peft_warns_wrongly_and_computes_the_same(
@@ -90,46 +226,65 @@ def test_without_attention_peft_warns_wrongly_and_computes_the_same(
         found = by_peft(tiny_model_folder, folder)
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning)]
     assert [message.split()[2] for message in messages] == ["rank_pattern", "alpha_pattern"]
-    torch.testing.assert_close(found, by_us(model, tensors), rtol=1e-5, atol=1e-5)
+    assert_close(found, by_us(model, tensors))
 
 
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning")
 def test_ranks_that_differ_by_layer_and_matrix(model: SparseModel, tiny_model_folder: Path, tmp_path: Path) -> None:
     low, high = adapter(model, LoraConfig(rank=2)), adapter(model, LoraConfig(rank=5))
     tensors = {name: high[name] if "layers.1" in name or "down_proj" in name else low[name] for name in low}
     folder = write(peft_layout.to_files(tensors, ALPHA, model), tmp_path)
-    torch.testing.assert_close(by_peft(tiny_model_folder, folder), by_us(model, tensors), rtol=1e-5, atol=1e-5)
-    assert_same(peft_layout.from_peft(folder), tensors)
+    assert_close(by_peft(tiny_model_folder, folder), by_us(model, tensors))
+    assert_same(peft_layout.from_peft(folder, model), tensors)
 
 
-def assert_same(read: tuple[Tensors, float], tensors: Tensors) -> None:
-    found, alpha = read
-    assert alpha == ALPHA
-    assert list(found) == sorted(tensors)
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-
-
-@pytest.mark.parametrize("config", [*CONFIGS.values(), LoraConfig(rank=2, attention=False)], ids=[*CONFIGS, "experts"])
-def test_round_trip_keeps_every_bit(model: SparseModel, config: LoraConfig, tmp_path: Path) -> None:
-    tensors = adapter(model, config)
-    kept = {name: value.clone() for name, value in tensors.items()}
-    files = peft_layout.to_files(tensors, ALPHA, model)
-    assert files == peft_layout.to_files(tensors, ALPHA, model)
-    assert_same(peft_layout.from_peft(write(files, tmp_path)), kept)
-    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
-
-
-def test_a_fresh_adapter_survives(model: SparseModel, tmp_path: Path) -> None:
-    tensors = lora.initial(model, LoraConfig(rank=3, router=True), torch.Generator().manual_seed(0))
-    assert_same(peft_layout.from_peft(write(peft_layout.to_files(tensors, ALPHA, model), tmp_path)), tensors)
-
-
-def test_reads_what_peft_saves(model: SparseModel, tiny_model_folder: Path, tmp_path: Path) -> None:
-    tensors = adapter(model, LoraConfig(rank=3, router=True))
+def test_gate_and_up_of_different_rank(model: SparseModel, tiny_model_folder: Path, tmp_path: Path) -> None:
+    low, high = adapter(model, LoraConfig(rank=2)), adapter(model, LoraConfig(rank=5))
+    tensors = {name: high[name] if "up_proj" in name else low[name] for name in low}
     folder = write(peft_layout.to_files(tensors, ALPHA, model), tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    PeftModel.from_pretrained(base, folder).save_pretrained(tmp_path / "again")
-    assert_same(peft_layout.from_peft(tmp_path / "again"), tensors)
+    assert_close(by_peft(tiny_model_folder, folder), by_us(model, tensors))
+    found, alpha = peft_layout.from_peft(folder, model)
+    assert alpha == ALPHA
+    for name, value in tensors.items():
+        if "up_proj.lora_B" in name:  # its scale took a detour
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(found[name], value)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "rank pattern": {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 4, "experts.down_proj": 1}},
+    "alpha pattern": {"alpha_pattern": {"k_proj": 2, "layers.0.mlp.experts.gate_up_proj": 9}},
+    "rslora with patterns": {"use_rslora": True, "rank_pattern": {"down_proj": 4}, "alpha_pattern": {"v_proj": 1}},
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "one layer of experts": {"target_parameters": ["layers.1.mlp.experts.down_proj"]},
+    "another in each layer": {
+        "target_parameters": ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
+    },
+    "experts by their old names": {"target_modules": ["gate_proj", "up_proj", "down_proj"], "target_parameters": None},
+    "regular expression": {"target_modules": r".*layers\.0\.self_attn\.(q|o)_proj"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_peft(model: SparseModel, tiny_model_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    usual = {
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
+    }
+    expected = made_by_peft(tiny_model_folder, tmp_path, **(usual | options))
+    tensors, alpha = peft_layout.from_peft(tmp_path, model)
+    assert_close(by_us(model, tensors, alpha), expected)
+
+
+def test_a_lora_that_mixes_gate_and_up_is_both_of_the_whole_rank(
+    model: SparseModel, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    made_by_peft(tiny_model_folder, tmp_path, target_parameters=["experts.gate_up_proj"])
+    tensors, alpha = peft_layout.from_peft(tmp_path, model)
+    assert alpha == 5
+    assert torch.equal(tensors["layers.0.experts.gate_proj.lora_A"], tensors["layers.0.experts.up_proj.lora_A"])
+    assert tensors["layers.0.experts.up_proj.lora_B"].shape == (8, 16, 3)
 
 
 def test_layout_by_hand(model: SparseModel) -> None:
@@ -137,6 +292,8 @@ def test_layout_by_hand(model: SparseModel) -> None:
     config, converted = peft_layout.to_peft(tensors, ALPHA, model, "some/base")
     assert config["base_model_name_or_path"] == "some/base"
     assert (config["r"], config["lora_alpha"]) == (6, 14.0)
+    assert config["target_modules"] == [f"self_attn.{name}_proj" for name in "koqv"]
+    assert config["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     prefix = "base_model.model.model.layers.1.mlp.experts"
     a, b = converted[f"{prefix}.base_layer.lora_A.weight"], converted[f"{prefix}.base_layer.lora_B.weight"]
     assert a.shape == (8 * 6, 32)
@@ -153,13 +310,19 @@ def test_layout_by_hand(model: SparseModel) -> None:
     assert torch.equal(down[:, rank * 8 + expert], tensors[f"{path}.down_proj.lora_B"][expert, :, rank])
 
 
+def test_targets_name_layers_only_where_some_are_left_out(model: SparseModel) -> None:
+    tensors = only(adapter(model, LoraConfig(rank=3)), "q_proj", "0.self_attn.v_proj", "1.experts.down_proj")
+    config, converted = peft_layout.to_peft(tensors, ALPHA, model, "some/base")
+    assert config["target_modules"] == ["layers.0.self_attn.v_proj", "self_attn.q_proj"]
+    assert config["target_parameters"] == ["layers.1.mlp.experts.down_proj"]
+    assert "base_model.model.model.layers.1.mlp.experts.lora_A.weight" in converted
+
+
 def test_what_cannot_be_written(model: SparseModel) -> None:
-    low, high = adapter(model, LoraConfig(rank=2)), adapter(model, LoraConfig(rank=3))
-    mixed = {name: high[name] if "up_proj" in name else low[name] for name in low}
-    with pytest.raises(ModelError, match=r"layers\.0\.experts: gate_proj has rank 2 and up_proj 3"):
-        peft_layout.to_files(mixed, ALPHA, model)
-    with pytest.raises(ModelError, match="without tensors"):
+    with pytest.raises(ModelError, match="without LoRA"):
         peft_layout.to_files({}, ALPHA, model)
+    with pytest.raises(ModelError, match="without LoRA"):
+        peft_layout.to_files(only(adapter(model, LoraConfig(router=True)), "router"), ALPHA, model)
     with pytest.raises(ModelError, match="has no place"):
         peft_layout.to_files({"layers.7.router.weight": torch.zeros(8, 32)}, ALPHA, model)
 
@@ -176,22 +339,57 @@ def edited(
     return folder
 
 
-INNER = "base_model.model.model.layers.0.mlp.experts.base_layer.lora"
+LAYER = "base_model.model.model.layers.0"
+INNER = f"{LAYER}.mlp.experts.base_layer.lora"
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], Tensors] | None, str]] = {
     "other method": ({"peft_type": "IA3"}, None, "not the configuration of a LoRA"),
-    "rslora": ({"use_rslora": True}, None, "use_rslora is not supported"),
-    "rank": ({"r": 7}, None, r"not of rank 7"),
-    "targets": ({"target_parameters": ["mlp.experts.down_proj"]}, None, "target_parameters must be"),
-    "alpha": ({"lora_alpha": 3.0}, None, "our adapters have one alpha"),
-    "head": ({}, lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(1)}, "not of a decoder layer"),
+    "dora": ({"use_dora": True}, None, "use_dora is not supported; only plain and rank-stabilised LoRA are"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, None, "'pissa_niter_4' changes the base model"),
+    "rank": ({"r": 7}, None, r"layers\.0\.experts\.gate_up_proj: lora_A .* are not of rank 7 for 8 experts"),
+    "attention's rank": ({"rank_pattern": {"q_proj": 5, "down_proj": 3}}, None, r"are not of rank"),
+    "targets": ({"target_parameters": ["mlp.experts.down_proj"]}, None, "do not go with target_parameters"),
+    "no targets": ({"target_parameters": None}, None, "do not go with target_parameters None"),
+    "head": (
+        {},
+        lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(1)},
+        "lm_head.* has no place in this olmoe",
+    ),
     "norm": (
         {},
-        lambda t: t | {f"base_model.model.model.layers.0.norm.lora_{x}.weight": torch.zeros(3, 3) for x in "AB"},
-        "LoRA on 'norm'",
+        lambda t: t | {f"{LAYER}.norm.lora_{x}.weight": torch.zeros(3, 3) for x in "AB"},
+        r"layers\.0\.norm.* has no place in this olmoe model; adapters are LoRA on attention",
+    ),
+    "bigger model": (
+        {},
+        lambda t: t | {f"{LAYER[:-1]}9.self_attn.q_proj.lora_{x}.weight": torch.zeros(3, 3) for x in "AB"},
+        r"layers\.9\.self_attn.* has no place in this olmoe model.*did you mean",
+    ),
+    "wider model": (
+        {},
+        lambda t: t | {f"{LAYER}.self_attn.q_proj.lora_A.weight": torch.zeros(3, 31)},
+        r"'layers\.0\.self_attn\.q_proj\.lora_A' has shape \(3, 31\); expected \(3, 32\)",
+    ),
+    "older transformers": (
+        {},
+        lambda t: t | {f"{LAYER}.mlp.experts.3.up_proj.lora_{x}.weight": torch.zeros(3, 3) for x in "AB"},
+        "LoRA on a single expert's module, as in older transformers; open the adapter with PeftModel",
+    ),
+    "a bias of the router": (
+        {},
+        lambda t: t | {f"{LAYER}.mlp.gate.bias": torch.zeros(8)},
+        "of routers only the weight can be trained",
     ),
     "no lora_B": ({}, lambda t: {k: v for k, v in t.items() if k != f"{INNER}_B.weight"}, "no lora_B beside it"),
-    "mixed": ({}, lambda t: t | {f"{INNER}_B.weight": torch.ones_like(t[f"{INNER}_B.weight"])}, "mixes gate_proj and"),
+    "no lora_A": ({}, lambda t: {k: v for k, v in t.items() if k != f"{INNER}_A.weight"}, "no lora_A beside it"),
+    "not finite": (
+        {},
+        lambda t: t | {f"{INNER}_B.weight": t[f"{INNER}_B.weight"] / 0},
+        r"base_layer\.lora_B\.weight' holds values that are not finite",
+    ),
     "empty": ({}, lambda t: {}, "no LoRA in it"),
+    "old PEFT": ({"peft_version": "0.17.1"}, None, r"was written by PEFT 0\.17\.1, but only .* PEFT 0\.21 is tested"),
+    "new PEFT": ({"peft_version": "0.22.0.dev0"}, None, r"was written by PEFT 0\.22\.0\.dev0, but only"),
+    "very old PEFT": ({"peft_version": None}, None, "was written by PEFT of an unknown version, but only"),
 }
 
 
@@ -203,39 +401,42 @@ def test_what_cannot_be_read(
     tensors: Callable[[Tensors], Tensors] | None,
     message: str,
 ) -> None:
-    folder = write(peft_layout.to_files(adapter(model, LoraConfig(rank=3)), ALPHA, model), tmp_path)
-    with pytest.raises(ModelError, match=message):
-        peft_layout.from_peft(edited(folder, config, tensors))
+    folder = write(peft_layout.to_files(adapter(model, LoraConfig(rank=3, router=True)), ALPHA, model), tmp_path)
+    with pytest.raises(ModelError, match=message) as raised:
+        peft_layout.from_peft(edited(folder, config, tensors), model)
+    assert str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_unreadable_folders(tmp_path: Path) -> None:
+def test_unreadable_folders(model: SparseModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a readable PEFT adapter"):
-        peft_layout.from_peft(tmp_path)
+        peft_layout.from_peft(tmp_path, model)
     write({peft_layout.CONFIG_FILE: b"{}", peft_layout.TENSORS_FILE: b"nonsense"}, tmp_path)
     with pytest.raises(ModelError, match="not a readable PEFT adapter"):
-        peft_layout.from_peft(tmp_path)
+        peft_layout.from_peft(tmp_path, model)
 
 
-def test_an_adapter_of_pefts_own_making(tiny_model_folder: Path, tmp_path: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        config = PeftLoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-        theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_folder), config)
-        for name, parameter in theirs.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-    theirs.save_pretrained(tmp_path)
-    tensors, alpha = peft_layout.from_peft(tmp_path)
-    ours, _ = load(ModelConfig(path=str(tiny_model_folder), device="cpu"))
-    with lora.attached(ours, tensors, alpha):
-        torch.testing.assert_close(logits(ours.lm), logits(theirs.eval()), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.21.3.dev0", "0.21"])
+def test_tested_versions(version: str) -> None:
+    peft_layout.check_version(version, "it is")
+
+
+@pytest.mark.parametrize("version", ["0.20.9", "0.22.0", "1.21.0", "0.2", "0.210.0", None])
+def test_other_versions_are_refused_naming_both(version: str | None) -> None:
+    with pytest.raises(ModelError, match=rf"installed is PEFT {version or 'of an unknown version'}, .* PEFT 0\.21 is"):
+        peft_layout.check_version(version, "installed is")
+
+
+def test_the_installed_version_is_a_tested_one() -> None:
+    peft_layout.check_version(peft.__version__, "installed is")
 
 
 def test_real_model(shared: Path, tmp_path: Path) -> None:
     path = shared / "models" / "olmoe-en-16m"
-    real, _ = load(ModelConfig(path=str(path), device="cpu"))
+    real = loaded(path)
     generator = torch.Generator().manual_seed(2)
     fresh = lora.initial(real, LoraConfig(rank=4), generator)
     tensors = {name: value + 0.02 * torch.randn(value.shape, generator=generator) for name, value in fresh.items()}
     folder = write(peft_layout.to_files(tensors, ALPHA, real), tmp_path)
     torch.testing.assert_close(by_peft(path, folder), by_us(real, tensors), rtol=1e-4, atol=5e-5)
-    assert_same(peft_layout.from_peft(folder), tensors)
+    assert_same(peft_layout.from_peft(folder, real), tensors)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from emberfed.api import Run, evaluate, resume, run
+    from emberfed.api import Run, evaluate, export, resume, run
     from emberfed.engine import load_engine
     from emberfed.errors import EmberfedError
     from emberfed.method import Method, load_method
@@ -27,6 +27,7 @@ _HOMES = {
     "Method": "method",
     "Run": "api",
     "evaluate": "api",
+    "export": "api",
     "load_engine": "engine",
     "load_method": "method",
     "resume": "api",
@@ -39,6 +40,7 @@ __all__ = [
     "Run",
     "__version__",
     "evaluate",
+    "export",
     "load_engine",
     "load_method",
     "resume",

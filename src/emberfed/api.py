@@ -1,19 +1,23 @@
-"""What Python users call: `emberfed.run`, `emberfed.resume`, `emberfed.evaluate`. The command line calls the same."""
+"""What Python users call: `emberfed.run`, `resume`, `evaluate` and `export`. The command line calls the same."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from emberfed import assembly, clients, config, events, rounds, storage
 from emberfed.checkpoint import RunFolder, check_free
 from emberfed.config import RunConfig
 from emberfed.errors import ConfigError, RunFolderError
-from emberfed.models.loading import cpu_threads
+from emberfed.models import merging, peft_layout
+from emberfed.models.loading import cpu_threads, load
 from emberfed.records import Json
 from emberfed.report import write_report
 from emberfed.sections import override
@@ -108,9 +112,82 @@ def evaluate(
         federation = assembly.federate(checked, folder, material, listen)
         if top_k is not None:
             tiers = [clients.Tier(name=f"K={k}", share=1 / len(top_k), top_k=k) for k in top_k]
-            budgets = clients.resolve(tiers, material.model.native_top_k, material.model.num_experts)
+            budgets = clients.resolve(tiers, material.model.native_top_k, material.model.largest_top_k)
             federation = replace(federation, budgets=tuple(budgets))
         return rounds.evaluate_tiers(federation, state, round, listen)
+
+
+def export(
+    run: str | Path,
+    *,
+    output: str | Path,
+    format: Literal["peft", "merged"] = "peft",
+    round: int | None = None,
+) -> Path:
+    """Write a round's global model for other programs, and return the folder.
+
+    Args:
+        run: The run's folder.
+        output: The folder to write, absent or empty. It appears only when all of it is written.
+        format: `peft` is the adapter, for `PeftModel.from_pretrained`; `merged` is the base with the adapter added to
+            its weights, a checkpoint for `AutoModelForCausalLM.from_pretrained`. Its numbers are in `model.dtype` of
+            the run; 16-bit ones round what was added. A base that the run quantised is loaded unquantised for it.
+        round: Which round; None: the newest whole one.
+
+    Raises:
+        EmberfedError: one of its kinds.
+    """
+    if format not in ("peft", "merged"):
+        raise ConfigError(f"export format {format!r} is unknown; there are 'merged' and 'peft'")
+    folder, target = RunFolder.open(Path(run)), Path(output)
+    checked = config.load(folder.path / "config.yaml")
+    check_free(target)
+    source, files = _exported(folder, _chosen_round(folder, round))
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        if format == "peft":
+            for name, data in files.items():
+                storage.write(temporary / name, data)
+        else:
+            _write_merged(checked, source, temporary)
+        storage.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _chosen_round(folder: RunFolder, round: int | None) -> int:
+    """Return the round asked for, or the newest. Raises: RunFolderError if it is not there."""
+    whole = folder.rounds()
+    if not whole:
+        raise RunFolderError(f"{folder.path} holds no whole round yet; go on with `emberfed resume {folder.path}`")
+    if round is not None and round not in whole:
+        raise RunFolderError(f"{folder.path} has no round {round}; it has {', '.join(map(str, whole))}")
+    return whole[-1] if round is None else round
+
+
+def _exported(folder: RunFolder, round: int) -> tuple[Path, dict[str, bytes]]:
+    """Return a round's folder and its PEFT files. Raises: RunFolderError if they are damaged or not there."""
+    source = folder.round_path(round)
+    names = (peft_layout.CONFIG_FILE, peft_layout.TENSORS_FILE)
+    state = folder.read_json(f"{source.relative_to(folder.path)}/state.json")
+    digests = state.get("sha256") if isinstance(state, dict) else None
+    if not isinstance(digests, dict) or not set(names) <= set(digests):
+        raise RunFolderError(f"round {round} of {folder.path} has no PEFT adapter: its method writes none")
+    files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
+    for name in names:
+        if hashlib.sha256(files.get(name, b"")).hexdigest() != digests[name]:
+            raise RunFolderError(f"{source / name} is damaged or gone; export another round (--round)")
+    return source, files
+
+
+def _write_merged(checked: RunConfig, adapter: Path, target: Path) -> None:
+    unquantised = checked.model.model_copy(update={"expert_bits": None})
+    with cpu_threads(checked.model.threads):
+        model, tokenizer = load(unquantised)
+        tensors, alpha = peft_layout.from_peft(adapter, model)
+        merging.merge_into(model, tensors, alpha)
+        merging.write_checkpoint(model, tokenizer, target)
 
 
 def free_path(checked: RunConfig, source: str | Path | Mapping[str, Any] | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,13 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. training.rounds=2. May be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+
+
+class ExportFormat(StrEnum):
+    """What `emberfed export` writes."""
+
+    peft = "peft"
+    merged = "merged"
 
 
 def _version(asked: bool) -> None:
@@ -113,6 +121,51 @@ def _whole_numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+@app.command(epilog="Example: emberfed export runs/quickstart --format merged --output my-model")
+def export(
+    run: RunPath,
+    folder: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write, absent or empty.")],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(help="peft: the adapter, for PEFT. merged: the base with the adapter in it, for transformers."),
+    ] = ExportFormat.peft,
+    round: Annotated[int | None, typer.Option(min=0, help="Which round; none: the newest.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what was trained for other programs: as a PEFT adapter, or merged into a Hugging Face checkpoint."""
+    with output(as_json).errors():
+        from emberfed import api
+
+        written = api.export(run, output=folder, format=format.value, round=round)
+        document = {"run": str(run), "format": format.value, "output": str(written)}
+        output(as_json).result(document, Text(f"{format.value} written to {written}"))
+
+
+@app.command(epilog="Example: emberfed upcycle llama-7b llama-moe --experts 16 --top-k 4 --method clustered")
+def upcycle(
+    dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder of a dense LLaMA or Mistral model.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write, absent or empty.")],
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    method: Annotated[
+        str, typer.Option(help="random or clustered: divide the neurons among experts. copy: each has them all.")
+    ] = "random",
+    output_scale: Annotated[
+        float | None, typer.Option(help="Factor on the experts' outputs; none: top-k, or 1 for copy.")
+    ] = None,
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the new routers' weights.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Of the division and of the routers.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a sparse mixture-of-experts checkpoint (Mixtral architecture) of a dense one."""
+    with output(as_json).errors():
+        from emberfed.cli import upcycle as upcycling
+
+        values = {"num_experts": experts, "top_k": top_k, "method": method, "seed": seed}
+        values |= {"output_scale": output_scale, "router_std": router_std}
+        output(as_json).result(*upcycling.run(dense, folder, values))
+
+
 @app.command(epilog="Example: emberfed report runs/a runs/b --output comparison.html")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
@@ -189,17 +242,21 @@ def inspect(config: Config = None, overrides: Overrides = None, as_json: AsJson 
         output(as_json).result(inspection.json(), *division.tables(inspection))
 
 
-@app.command(epilog="Example: emberfed doctor")
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine and say what will bite; exit code 1 if something essential is broken."""
+@app.command(epilog="Example: emberfed doctor config.yaml --set model.expert_bits=4")
+def doctor(config: Config = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check this machine and the model, and say what will bite; exit code 1 if something essential is broken."""
     with output(as_json).errors():
         from dataclasses import asdict
 
+        from emberfed import config as configuration
         from emberfed.cli import tables
-        from emberfed.cli.doctor import examine
+        from emberfed.cli.doctor import examine, examine_model
 
-        found = list(examine(Path("runs")))
-        output(as_json).result({"checks": [asdict(check) for check in found]}, tables.checks(found))
+        wanted = configuration.load(config, overrides or ()).model
+        model, memory = examine_model(wanted)
+        found = [*examine(Path("runs")), model]
+        document = {"checks": [asdict(check) for check in found], "memory": [row.json() for row in memory]}
+        output(as_json).result(document, tables.checks(found), *tables.memory(memory))
         if any(check.state == "broken" for check in found):
             raise typer.Exit(1)
 

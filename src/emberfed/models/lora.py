@@ -1,20 +1,14 @@
-"""The adapter: LoRA on attention and on every expert, as named tensors and as trainable parameters of the model.
+"""The adapter as trainable parameters of a model: LoRA on attention, on every expert, and trained routers.
 
-Names do not depend on transformers or PEFT:
-
-    layers.{l}.self_attn.{q,k,v,o}_proj.lora_A    (R, in)       .lora_B   (out, R)
-    layers.{l}.experts.{gate,up,down}_proj.lora_A (E, R, in)    .lora_B   (E, out, R)
-    layers.{l}.router.weight                      (E, D)        trained in full
-
-The adapted weight is W + alpha / R * B A. R is read from the shapes and may differ from tensor to tensor.
+What its tensors are called, and their shapes: `lora_layout`. The adapted weight is W + alpha / R * B A.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Self, final
 
 import peft
@@ -23,16 +17,15 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from pydantic import Field, model_validator
 from torch import nn
 
-from emberfed.errors import ModelError, closest
+from emberfed.errors import ConfigError
+from emberfed.models import lora_layout, peft_layout
 from emberfed.models.groups import ExpertViews, TrainableGroups
+from emberfed.models.lora_layout import check, is_expert, layer_of, router_weight
 from emberfed.models.routed_lora import MATRICES, ExpertLora
 from emberfed.models.sparse_model import SparseBlock, SparseModel
 from emberfed.sections import Section
 
-_EXPERT = re.compile(r"layers\.\d+\.experts\.")
-_LAYER = re.compile(r"layers\.(\d+)\.")
-Sizes = Mapping[str, tuple[int, ...]]
-"""Shape of the adapted weight, (out, in) or (E, out, in), by the name of its LoRA without `.lora_A`."""
+__all__ = ["Adapter", "LoraConfig", "attached", "check", "initial", "is_expert", "layer_of"]
 
 
 class LoraConfig(Section):
@@ -41,77 +34,45 @@ class LoraConfig(Section):
     Attributes:
         rank: R of every LoRA.
         alpha: The scale is alpha / rank.
-        attention: Adapt q, k, v and o of every layer.
+        attention: Adapt the linear layers of every attention (q, k, v and o in most families).
         experts: Adapt the three matrices of every routed expert.
+        shared_experts: Adapt the three matrices of the shared experts, which every token passes.
         router: Train the routers' weights too, in full. They are frozen by default.
+        start_from: Folder of a PEFT adapter of the same rank and alpha to begin with; null is a fresh one. It must
+            cover what the keys above say, each at least in part.
     """
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
     attention: bool = True
     experts: bool = True
+    shared_experts: bool = False
     router: bool = False
+    start_from: str | None = None
 
     @model_validator(mode="after")
     def _covers_something(self) -> Self:
-        if not (self.attention or self.experts):
-            raise ValueError("attention and experts are both false, so there is nothing to adapt; set one to true")
+        if not (self.attention or self.experts or self.shared_experts):
+            raise ValueError(
+                "attention, experts and shared_experts are all false, so there is nothing to adapt; set one to true"
+            )
         return self
 
 
-def is_expert(name: str) -> bool:
-    """Return whether a canonical name is of a tensor stacked over experts."""
-    return _EXPERT.match(name) is not None
-
-
-def layer_of(name: str) -> int:
-    """Return the decoder layer of a canonical name. Raises: ModelError if it is not one."""
-    match = _LAYER.match(name)
-    if match is None:
-        raise ModelError(f"{name!r} is not an adapter tensor's name; they begin with 'layers.<number>.'")
-    return int(match[1])
-
-
-def attention_sizes(model: SparseModel) -> Sizes:
-    """Return the attention weights that take LoRA."""
-    linears = {key: getattr(module, name) for key, (module, name) in model.attention_linears().items()}
-    return {
-        f"layers.{layer}.self_attn.{name}": (linear.out_features, linear.in_features)
-        for (layer, name), linear in linears.items()
-    }
-
-
-def expert_sizes(model: SparseModel) -> Sizes:
-    """Return the stacked expert weights that take LoRA."""
-    experts, inner, hidden = model.shape.num_experts, model.shape.expert_intermediate, model.shape.hidden
-    shapes = {
-        "gate_proj": (experts, inner, hidden),
-        "up_proj": (experts, inner, hidden),
-        "down_proj": (experts, hidden, inner),
-    }
-    return {
-        f"layers.{block.layer}.experts.{matrix}": shape for block in model.blocks for matrix, shape in shapes.items()
-    }
-
-
-def router_sizes(model: SparseModel) -> Sizes:
-    """Return the routers' weights."""
-    return {f"layers.{block.layer}.router.weight": tuple(_weight(block.router).shape) for block in model.blocks}
-
-
 def initial(model: SparseModel, config: LoraConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Return a fresh adapter, float32 on the CPU, by sorted name; it does not change what the model computes.
+    """Return the adapter to begin with, float32 on the CPU, by sorted name.
 
-    A is uniform in ±1/sqrt(in), drawn in the order of the names (PEFT's default, Kaiming with a = sqrt(5)); B is zero;
-    routers are copies of the base's.
+    A fresh one does not change what the model computes: A is uniform in ±1/sqrt(in), drawn in the order of the names
+    (PEFT's default, Kaiming with a = sqrt(5)); B is zero; routers are copies of the base's.
+
+    Raises: ConfigError if the model lacks what the config adapts, or the adapter of `start_from` is of another rank,
+    alpha or coverage; ModelError if it cannot be read or is of another model.
     """
-    lora: dict[str, tuple[int, ...]] = {}
-    if config.attention:
-        lora |= attention_sizes(model)
-    if config.experts:
-        lora |= expert_sizes(model)
+    sizes = _covered(model, config)
+    if config.start_from is not None:
+        return _started(model, config, config.start_from)
     tensors: dict[str, torch.Tensor] = {}
-    for name, (*stack, out_features, in_features) in sorted(lora.items()):
+    for name, (*stack, out_features, in_features) in sorted(sizes.items()):
         bound = 1 / math.sqrt(in_features)
         tensors[f"{name}.lora_A"] = torch.empty(*stack, config.rank, in_features).uniform_(
             -bound, bound, generator=generator
@@ -119,62 +80,49 @@ def initial(model: SparseModel, config: LoraConfig, generator: torch.Generator) 
         tensors[f"{name}.lora_B"] = torch.zeros(*stack, out_features, config.rank)
     if config.router:
         for block in model.blocks:
-            tensors[f"layers.{block.layer}.router.weight"] = _float32_copy(_weight(block.router), "cpu")
+            tensors[f"layers.{block.layer}.router.weight"] = _float32_copy(router_weight(block.router), "cpu")
     return dict(sorted(tensors.items()))
 
 
-def check(model: SparseModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check that an adapter fits the model: whole (each kind it has, in every layer), nothing foreign, right shapes.
-
-    Raises: ModelError naming the first tensor that is wrong, what it is and what was expected.
-    """
-    kinds = (_pairs(attention_sizes(model)), _pairs(expert_sizes(model)), router_sizes(model))
-    expected = {name: shape for kind in kinds for name, shape in kind.items()}
-    for name in tensors:
-        if name not in expected:
-            raise ModelError(f"adapter tensor {name!r} has no place in this model{closest(name, expected)}")
-    for kind in kinds:
-        missing = sorted(set(kind) - set(tensors))
-        if missing and len(missing) < len(kind):
-            raise ModelError(f"the adapter lacks {missing[0]!r} and {len(missing) - 1} more; give a whole adapter")
-    for name, tensor in tensors.items():
-        _check_shape(name, tensor, expected[name], tensors)
-
-
-def _pairs(sizes: Sizes) -> Sizes:
-    """Shapes of lora_A and lora_B; 0 stands for the rank."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (*stack, out_features, in_features) in sizes.items():
-        shapes[f"{name}.lora_A"] = (*stack, 0, in_features)
-        shapes[f"{name}.lora_B"] = (*stack, out_features, 0)
-    return shapes
-
-
-def _check_shape(
-    name: str, tensor: torch.Tensor, expected: tuple[int, ...], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    if not tensor.is_floating_point():
-        raise ModelError(f"adapter tensor {name!r} is {tensor.dtype}; expected a floating-point type")
-    found = tuple(tensor.shape)
-    rank = _rank(name, tensors)
-    wanted = tuple(size or rank for size in expected)
-    if found != wanted or 0 in found:
-        raise ModelError(
-            f"adapter tensor {name!r} has shape {found}; expected {wanted}, "
-            f"of rank {rank} >= 1, in a model with {_facts(expected)}"
+def _covered(model: SparseModel, config: LoraConfig) -> lora_layout.Sizes:
+    """Return the weights that take LoRA. Raises: ConfigError if shared experts are asked of a family without."""
+    shared = lora_layout.shared_linears(model)
+    if config.shared_experts and not shared:
+        raise ConfigError(
+            f"adapter.shared_experts is true, but {model.family.model_type} models have no shared experts; "
+            f"set adapter.shared_experts=false"
         )
+    return {
+        **(lora_layout.linear_sizes(lora_layout.attention_linears(model)) if config.attention else {}),
+        **(lora_layout.expert_sizes(model) if config.experts else {}),
+        **(lora_layout.linear_sizes(shared) if config.shared_experts else {}),
+    }
 
 
-def _rank(name: str, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Rank of the pair a tensor is of: the rows of its lora_A."""
-    if name.endswith(".weight"):
-        return 0
-    a = tensors[f"{name.rpartition('.')[0]}.lora_A"]
-    return a.shape[-2] if a.dim() >= 2 else 0
-
-
-def _facts(expected: tuple[int, ...]) -> str:
-    return " x ".join("rank" if size == 0 else str(size) for size in expected)
+def _started(model: SparseModel, config: LoraConfig, folder: str) -> dict[str, torch.Tensor]:
+    """Return the adapter in a folder. Raises: ConfigError if it is not what the config says; ModelError."""
+    tensors, alpha = peft_layout.from_peft(Path(folder), model)
+    where = f"adapter.start_from {folder}"
+    for kind, wanted in (
+        ("self_attn", config.attention),
+        ("experts", config.experts),
+        ("shared_experts", config.shared_experts),
+        ("router", config.router),
+    ):
+        if any(name.split(".")[2] == kind for name in tensors) != wanted:
+            key = {"self_attn": "attention"}.get(kind, kind)
+            raise ConfigError(
+                f"{where} adapts {'no' if wanted else 'the'} {key}, but adapter.{key} is {str(wanted).lower()}; "
+                f"set adapter.{key}={str(not wanted).lower()}, or give another adapter"
+            )
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A") and tensor.shape[-2] != config.rank:
+            raise ConfigError(
+                f"{where}: {name!r} has rank {tensor.shape[-2]}, but adapter.rank is {config.rank}; make them agree"
+            )
+    if not math.isclose(alpha, config.alpha):
+        raise ConfigError(f"{where} has alpha {alpha:g}, but adapter.alpha is {config.alpha:g}; make them agree")
+    return tensors
 
 
 @final
@@ -220,13 +168,14 @@ def attached(model: SparseModel, tensors: Mapping[str, torch.Tensor], alpha: flo
     check(model, tensors)
     parameters = {name: nn.Parameter(_float32_copy(tensor, model.device)) for name, tensor in tensors.items()}
     with ExitStack() as stack:
-        for (layer, name), (module, attribute) in model.attention_linears().items():
-            path = f"layers.{layer}.self_attn.{name}"
+        linears = {**lora_layout.attention_linears(model), **lora_layout.shared_linears(model)}
+        for path, (module, attribute) in linears.items():
             if f"{path}.lora_A" in parameters:
                 stack.enter_context(_adapted_linear(module, attribute, *_pair(parameters, path), alpha))
         for block in model.blocks:
-            if f"layers.{block.layer}.experts.gate_proj.lora_A" in parameters:
-                stack.enter_context(_adapted_experts(block, parameters, alpha))
+            factors = _expert_factors(block, parameters)
+            if factors:
+                stack.enter_context(_adapted_experts(block, factors, alpha))
             if f"layers.{block.layer}.router.weight" in parameters:
                 stack.enter_context(_trained_router(block.router, parameters[f"layers.{block.layer}.router.weight"]))
         yield Adapter(parameters, {block.layer: row for row, block in enumerate(model.blocks)})
@@ -255,9 +204,18 @@ def _adapted_linear(
         setattr(module, attribute, base)
 
 
+def _expert_factors(
+    block: SparseBlock, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Return A and B of the block's matrices that have LoRA."""
+    paths = {matrix: f"layers.{block.layer}.experts.{matrix}" for matrix in MATRICES}
+    return {matrix: _pair(parameters, path) for matrix, path in paths.items() if f"{path}.lora_A" in parameters}
+
+
 @contextmanager
-def _adapted_experts(block: SparseBlock, parameters: Mapping[str, nn.Parameter], alpha: float) -> Iterator[None]:
-    factors = {matrix: _pair(parameters, f"layers.{block.layer}.experts.{matrix}") for matrix in MATRICES}
+def _adapted_experts(
+    block: SparseBlock, factors: Mapping[str, tuple[nn.Parameter, nn.Parameter]], alpha: float
+) -> Iterator[None]:
     block.experts.add_module("emberfed_lora", ExpertLora(factors, alpha))
     try:
         yield
@@ -267,7 +225,7 @@ def _adapted_experts(block: SparseBlock, parameters: Mapping[str, nn.Parameter],
 
 @contextmanager
 def _trained_router(router: nn.Module, weight: nn.Parameter) -> Iterator[None]:
-    base = _weight(router)
+    base = router_weight(router)
     slots = router._parameters  # the one way to put a computed tensor where a parameter is
 
     def use_trained(_: nn.Module, __: Any) -> None:
@@ -279,12 +237,6 @@ def _trained_router(router: nn.Module, weight: nn.Parameter) -> Iterator[None]:
     finally:
         hook.remove()
         slots["weight"] = base
-
-
-def _weight(router: nn.Module) -> nn.Parameter:
-    weight = router.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
 
 
 def _float32_copy(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

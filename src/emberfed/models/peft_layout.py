@@ -3,12 +3,23 @@
 An adapter becomes `adapter_config.json` and `adapter_model.safetensors`, which plain `PeftModel.from_pretrained` opens:
 
 * Attention is ordinary LoRA on modules.
-* Experts go through `target_parameters`. gate_proj and up_proj are one fused parameter, so their LoRA of rank R becomes
-  one of rank 2R: A is [A_gate; A_up], B is block-diagonal, and `lora_alpha` doubles so that the scale stays the same.
-* PEFT stores A expert by expert, (E * R, in), but B with the experts innermost, (out, R * E).
+* Routed experts go through `target_parameters`. gate_proj and up_proj are one fused parameter, so their LoRA become one
+  whose rank is the sum of theirs: A is [A_gate; A_up], B is block-diagonal, and `lora_alpha` grows so that gate's scale
+  stays the same. Where up's rank is another, the difference in scale goes into B.
+* Rows of the fused B are gate's, then up's; where the family stores gate and up alternating (GPT-OSS), so are the rows.
+* PEFT stores A expert by expert, (E * R, in), but B with the experts innermost, (out, R * E), whether the weights
+  themselves are stored transposed or not.
 * Two parameters of one module are two nested wrappers: `down_proj` is the outer one, `gate_up_proj` the inner one, with
-  `base_layer` in its keys.
-* A trained router is a copy of the module in `modules_to_save`.
+  `base_layer` in its keys. One alone has no `base_layer`, and only `target_parameters` says which it is.
+* Shared experts go through `target_parameters` too: PEFT takes modules called gate_proj, up_proj and down_proj for the
+  routed experts of older transformers.
+* A trained router is a copy of the module in `modules_to_save`, with all it has; only its weight may differ.
+* A target is named by layer where not all layers that could have it do.
+
+Reading is the inverse, bit by bit. It also takes what PEFT's users make: any part of the above, patterns of rank and
+alpha, rank-stabilised scale. A fused LoRA that mixes gate and up, of rank R, is exactly gate (A, B_gate) and up
+(A, B_up), each of rank R; it would be written again with rank 2R. Where tensors differ in alpha, the most common one
+serves and the others' B are multiplied by the difference.
 
 PEFT 0.21 reads `rank_pattern` for parameters too, but warns that a pattern matched nothing unless it also matches a
 module. Opening an adapter without attention therefore shows that warning; the ranks are right all the same.
@@ -21,7 +32,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,21 +43,95 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 
-from emberfed.errors import ModelError
-from emberfed.models.lora import check
-from emberfed.models.sparse_model import SparseModel
+from emberfed.errors import ModelError, closest
+from emberfed.models.fused_lora import StackedLora, alternating, flatten, fuse, one_after_the_other, unflatten, unfuse
+from emberfed.models.lora_layout import attention_linears, check, shared_linears
+from emberfed.models.routed_lora import MATRICES
+from emberfed.models.sparse_model import SparseBlock, SparseModel
 from emberfed.records import Json
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+PEFT_SERIES = "0.21"
+"""The releases of PEFT whose format is tested; others are refused."""
 
-_KEY = re.compile(r"base_model\.model\.(?P<path>.*?layers\.(?P<layer>\d+)\.(?P<module>.+))\.weight")
+_PREFIX = "base_model.model."
+_OTHER_FACTOR = {"lora_A": "lora_B", "lora_B": "lora_A"}
+_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+_OTHER_LORA = (
+    "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "velora_config", "kasa_config",
+    "alora_invocation_tokens", "monteclora_config", "arrow_config", "layer_replication", "trainable_token_indices",
+)  # fmt: skip
+_CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _Tensors = dict[str, torch.Tensor]
 
 
+class _Target(NamedTuple):
+    """One LoRA as PEFT sees it.
+
+    Attributes:
+        name: Dotted path of the module, or of the parameter.
+        key: Dotted path that its tensors' keys begin with.
+        a: lora_A as stored.
+        b: lora_B as stored.
+        size: Rank and alpha.
+    """
+
+    name: str
+    key: str
+    a: torch.Tensor
+    b: torch.Tensor
+    size: _Size
+
+
 class _Size(NamedTuple):
+    """Rank, and the alpha with which alpha / rank is the scale."""
+
     rank: int
     alpha: float
+
+
+class _Paths(NamedTuple):
+    """Where the model has what our names speak of: dotted paths in transformers, by canonical path."""
+
+    attention: Mapping[str, str]
+    shared: Mapping[str, str]
+    experts: Mapping[str, str]
+    routers: Mapping[str, str]
+
+    @staticmethod
+    def of(model: SparseModel) -> _Paths:
+        names = {module: name for name, module in model.lm.named_modules()}
+        return _Paths(
+            {path: f"{names[module]}.{name}" for path, (module, name) in attention_linears(model).items()},
+            {path: f"{names[module]}.{name}" for path, (module, name) in shared_linears(model).items()},
+            {f"layers.{block.layer}.experts": names[block.experts] for block in model.blocks},
+            {f"layers.{block.layer}.router": names[block.router] for block in model.blocks},
+        )
+
+    def targets(self) -> list[str]:
+        """Return everything in the model that LoRA may target: modules and parameters."""
+        return [
+            *self.attention.values(),
+            *(f"{name}.weight" for name in self.shared.values()),
+            *(f"{name}.{part}" for name in self.experts.values() for part in (_GATE_UP, _DOWN)),
+        ]
+
+
+def check_version(version: str | None, whose: str) -> None:
+    """Check that a version of PEFT is one whose format is known here.
+
+    Args:
+        version: Such as `0.21.2`; None if it is not known.
+        whose: Who is of that version, the beginning of the error's line.
+
+    Raises: ModelError naming both versions.
+    """
+    if version is None or version.split(".")[:2] != PEFT_SERIES.split("."):
+        raise ModelError(
+            f"{whose} PEFT {version or 'of an unknown version'}, but only the format of PEFT {PEFT_SERIES} is tested; "
+            f"use peft {PEFT_SERIES}.* (an older adapter: open it with that, save it again)"
+        )
 
 
 def to_files(tensors: Mapping[str, torch.Tensor], alpha: float, model: SparseModel) -> dict[str, bytes]:
@@ -66,89 +152,74 @@ def to_peft(
     """Return PEFT's configuration and tensors for an adapter of `model`.
 
     Args:
-        tensors: By canonical name (see `lora`).
+        tensors: By canonical name (see `lora_layout`).
         alpha: The scale is alpha / R.
         model: The model it belongs to.
         base_path: Hub id or folder of the model, for PEFT to find it again.
 
-    Raises: ModelError if the adapter does not fit the model, is empty, or gate_proj and up_proj differ in rank.
+    Raises: ModelError if the adapter does not fit the model or has no LoRA, or PEFT is not of a tested version.
     """
+    check_version(peft.__version__, "installed is")
     check(model, tensors)
-    if not tensors:
-        raise ModelError("an adapter without tensors cannot be written in PEFT's format")
-    family = model.family
-    experts_path = f"{family.block}.{family.experts}"
+    paths = _Paths.of(model)
+    targets = [*_linears(tensors, alpha, paths), *_experts(tensors, alpha, paths, model)]
+    if not targets:
+        raise ModelError("an adapter without LoRA cannot be written in PEFT's format")
+    routers = {f"layers.{block.layer}.router": block.router for block in model.blocks}
+    trained = {path: router for path, router in routers.items() if f"{path}.weight" in tensors}
     converted: _Tensors = {}
-    sizes: dict[tuple[int, str], _Size] = {}
-    routers = False
-    for name, a in sorted(tensors.items()):
-        layer, part = _split(name)
-        prefix = f"base_model.model.{family.layers}.{layer}"
-        path = f"layers.{layer}.{part}"
-        if part == "router.weight":
-            converted[f"{prefix}.{family.block}.{family.router}.weight"] = a
-            routers = True
-        elif name.endswith(".lora_B") or part.startswith("experts.up_proj"):
-            continue  # written with its lora_A, or with gate_proj
-        elif part.startswith("self_attn."):
-            linear = part.removesuffix(".lora_A").replace("self_attn", family.attention)
-            sizes[layer, linear] = _Size(a.shape[0], alpha)
-            converted[f"{prefix}.{linear}.lora_A.weight"] = a
-            converted[f"{prefix}.{linear}.lora_B.weight"] = tensors[path.removesuffix("A") + "B"]
-        elif part.startswith("experts.down_proj"):
-            sizes[layer, f"{experts_path}.down_proj"] = _Size(a.shape[1], alpha)
-            _flatten(converted, f"{prefix}.{experts_path}", a, tensors[path.removesuffix("A") + "B"])
-        else:
-            fused_a, fused_b = _fuse(tensors, f"layers.{layer}.experts")
-            sizes[layer, f"{experts_path}.gate_up_proj"] = _Size(fused_a.shape[1], 2 * alpha)
-            _flatten(converted, f"{prefix}.{experts_path}.base_layer", fused_a, fused_b)
-    config = _config(sizes, experts_path, base_path)
-    if routers:
-        config["modules_to_save"] = [f"{family.block}.{family.router}"]
+    for path, router in trained.items():  # whole, since PEFT looks for all of the module
+        state = {**router.state_dict(), "weight": tensors[f"{path}.weight"]}
+        converted |= {f"{_PREFIX}{paths.routers[path]}.{name}": value for name, value in state.items()}
+    for target in targets:
+        converted[f"{_PREFIX}{target.key}.lora_A.weight"] = target.a
+        converted[f"{_PREFIX}{target.key}.lora_B.weight"] = target.b
+    config = _config(targets, paths.targets(), base_path)
+    if trained:
+        config["modules_to_save"] = _names([paths.routers[path] for path in trained], paths.routers.values())
     # Copies of their own, since safetensors refuses tensors that share memory.
     return config, {key: value.detach().to("cpu", copy=True).contiguous() for key, value in converted.items()}
 
 
-def _split(name: str) -> tuple[int, str]:
-    _, layer, part = name.split(".", 2)
-    return int(layer), part
+def _linears(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths) -> list[_Target]:
+    places = [(path, name, name) for path, name in paths.attention.items()]
+    places += [(path, f"{name}.weight", name) for path, name in paths.shared.items()]
+    return [
+        _Target(target, key, a, tensors[f"{path}.lora_B"], _Size(a.shape[0], alpha))
+        for path, target, key in places
+        if (a := tensors.get(f"{path}.lora_A")) is not None
+    ]
 
 
-def _fuse(tensors: Mapping[str, torch.Tensor], path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the LoRA of rank 2R on the fused gate_up_proj: (E, 2R, D) and (E, 2F, 2R)."""
-    a_gate, a_up = tensors[f"{path}.gate_proj.lora_A"], tensors[f"{path}.up_proj.lora_A"]
-    b_gate, b_up = tensors[f"{path}.gate_proj.lora_B"], tensors[f"{path}.up_proj.lora_B"]
-    rank = a_gate.shape[1]
-    if a_up.shape[1] != rank:
-        raise ModelError(
-            f"{path}: gate_proj has rank {rank} and up_proj {a_up.shape[1]}; "
-            f"PEFT's format needs one rank for both, since they are one parameter"
-        )
-    pad = torch.nn.functional.pad
-    return torch.cat([a_gate, a_up], 1), torch.cat([pad(b_gate, (0, rank)), pad(b_up, (rank, 0))], 1)
+def _experts(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths, model: SparseModel) -> list[_Target]:
+    """Return the LoRA of the routed experts, up to two for each layer."""
+    targets = []
+    for block in model.blocks:
+        path = f"layers.{block.layer}.experts"
+        name = paths.experts[path]
+        loras = {
+            matrix: StackedLora(a, tensors[f"{path}.{matrix}.lora_B"], alpha)
+            for matrix in MATRICES
+            if (a := tensors.get(f"{path}.{matrix}.lora_A")) is not None
+        }
+        down = loras.pop("down_proj", None)
+        if loras:
+            fused = fuse(loras)
+            if not block.experts.is_concatenated:
+                fused = fused._replace(b=alternating(fused.b))
+            key = name if down is None else f"{name}.base_layer"
+            targets.append(_Target(f"{name}.{_GATE_UP}", key, *flatten(fused), _Size(fused.rank, fused.alpha)))
+        if down is not None:
+            targets.append(_Target(f"{name}.{_DOWN}", name, *flatten(down), _Size(down.rank, down.alpha)))
+    return targets
 
 
-def _flatten(converted: _Tensors, key: str, a_ERI: torch.Tensor, b_EOR: torch.Tensor) -> None:
-    converted[f"{key}.lora_A.weight"] = a_ERI.flatten(0, 1)
-    converted[f"{key}.lora_B.weight"] = b_EOR.permute(1, 2, 0).flatten(1)
-
-
-def _unflatten(
-    tensors: Mapping[str, torch.Tensor], key: str, path: str, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    a, b = (tensors[f"{key}.lora_{factor}.weight"] for factor in "AB")
-    if a.shape[0] % rank or b.shape[1] != a.shape[0]:
-        raise ModelError(f"{path}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are not of rank {rank}")
-    return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
-
-
-def _config(sizes: Mapping[tuple[int, str], _Size], experts_path: str, base_path: str) -> dict[str, Json]:
-    """Return the configuration; targets whose rank is not the default one are listed in patterns."""
-    targets = {target for _, target in sizes}
-    parameters = sorted(target for target in targets if target.startswith(f"{experts_path}."))
-    fused = [size for (_, target), size in sizes.items() if target.endswith(".gate_up_proj")]
-    default = fused[0] if fused else next(iter(sizes.values()), _Size(1, 1.0))
-    patterns = _patterns(sizes, default)
+def _config(targets: Sequence[_Target], possible: Collection[str], base_path: str) -> dict[str, Json]:
+    """Return the configuration; targets whose rank or alpha is not the default one are listed in patterns."""
+    modules = [target.name for target in targets if target.name == target.key]
+    parameters = [target.name for target in targets if target.name != target.key]
+    default = next((target.size for target in targets if target.name.endswith(f".{_GATE_UP}")), targets[0].size)
+    patterns = _patterns(targets, default)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -156,8 +227,8 @@ def _config(sizes: Mapping[tuple[int, str], _Size], experts_path: str, base_path
         "base_model_name_or_path": base_path,
         "r": default.rank,
         "lora_alpha": default.alpha,
-        "target_modules": sorted(targets - set(parameters)),
-        "target_parameters": parameters or None,
+        "target_modules": _names(modules, possible),
+        "target_parameters": _names(parameters, possible) or None,
         "rank_pattern": {pattern: size.rank for pattern, size in patterns.items()},
         "alpha_pattern": {pattern: size.alpha for pattern, size in patterns.items()},
         "lora_dropout": 0.0,
@@ -166,119 +237,198 @@ def _config(sizes: Mapping[tuple[int, str], _Size], experts_path: str, base_path
     }
 
 
-def _patterns(sizes: Mapping[tuple[int, str], _Size], default: _Size) -> dict[str, _Size]:
+def _names(chosen: Collection[str], possible: Collection[str]) -> list[str]:
+    """Return how PEFT is told of targets: by their name within the layer where all layers' are chosen, else one by one.
+
+    PEFT takes a name for every dotted path that ends with it.
+    """
+    left_out = {_within_layer(target) for target in set(possible) - set(chosen)}
+    return sorted(
+        {_with_layer(target) if _within_layer(target) in left_out else _within_layer(target) for target in chosen}
+    )
+
+
+def _with_layer(target: str) -> str:
+    match = re.search(r"layers\.\d+\..+", target)
+    assert match is not None, "targets are in decoder layers"
+    return match[0]
+
+
+def _within_layer(target: str) -> str:
+    return _with_layer(target).split(".", 2)[2]
+
+
+def _patterns(targets: Sequence[_Target], default: _Size) -> dict[str, _Size]:
     """Return one regular expression per size that is not the default; a layer is named only where layers differ."""
     found: dict[str, set[_Size]] = {}
-    for (_, target), size in sizes.items():
-        found.setdefault(target, set()).add(size)
+    for target in targets:
+        found.setdefault(_within_layer(target.name), set()).add(target.size)
     names: dict[_Size, set[str]] = {}
-    for (layer, target), size in sizes.items():
-        if size != default:
-            name = target if len(found[target]) == 1 else f"layers.{layer}.{target}"
-            names.setdefault(size, set()).add(re.escape(name))
+    for target in targets:
+        if target.size != default:
+            short = _within_layer(target.name)
+            name = short if len(found[short]) == 1 else _with_layer(target.name)
+            names.setdefault(target.size, set()).add(re.escape(name))
     return {"|".join(sorted(group)): size for size, group in names.items()}
 
 
-def from_peft(folder: Path) -> tuple[_Tensors, float]:
-    """Return an adapter's tensors by canonical name, and its alpha, from a folder that `to_files` or PEFT wrote.
+def from_peft(folder: Path, model: SparseModel) -> tuple[_Tensors, float]:
+    """Return an adapter of `model`: float32 tensors by canonical name, and alpha, from a folder that PEFT can open.
 
-    Raises: ModelError if the folder cannot be read, or holds what our adapters cannot express.
+    Raises: ModelError if the folder cannot be read, is of another version or model, or holds what our adapters cannot
+    express.
     """
-    config, tensors = _read(folder)
-    result: _Tensors = {}
-    alphas: dict[str, float] = {}
-    for key in sorted(tensors):
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ModelError(
-                f"{folder}: tensor {key!r} is not of a decoder layer; only attention and experts are known"
-            )
-        module, factor = match["module"], match["module"].rpartition(".")[2]
-        if factor == "lora_B":
-            continue  # read with its lora_A
-        if factor != "lora_A":
-            result[f"layers.{match['layer']}.router.weight"] = tensors[key]
-            continue
-        converted, alpha = _from_pair(config, tensors, key, match["layer"], module.removesuffix(".lora_A"))
-        result |= converted
-        alphas[key] = alpha
-    alpha = next(iter(alphas.values()), math.nan)
-    for key, other in alphas.items():
-        if not math.isclose(alpha, other):
-            raise ModelError(f"{folder}: {key!r} has alpha {other:g}, others {alpha:g}; our adapters have one alpha")
-    if math.isnan(alpha):
-        raise ModelError(f"{folder}: no LoRA in it")
+    config, stored = _read(folder)
+    try:
+        loras, result = _parse(config, stored, model)
+        if not loras:
+            raise ModelError("no LoRA in it")
+        alpha = Counter(lora.alpha for lora in loras).most_common(1)[0][0]
+        for lora in loras:
+            b = lora.b.float()
+            result[f"{lora.path}.lora_A"] = lora.a.float().contiguous()
+            result[f"{lora.path}.lora_B"] = (b if lora.alpha == alpha else b * (lora.alpha / alpha)).contiguous()
+        check(model, result)
+    except ModelError as error:
+        raise ModelError(f"PEFT adapter {folder}: {error}") from None
     return dict(sorted(result.items())), alpha
 
 
-def _from_pair(
-    config: Mapping[str, Json], tensors: Mapping[str, torch.Tensor], key: str, layer: str, module: str
-) -> tuple[_Tensors, float]:
-    """Return the canonical tensors of one lora_A and its lora_B, and their alpha."""
-    stem = key.removesuffix(".lora_A.weight")
-    if f"{stem}.lora_B.weight" not in tensors:
-        raise ModelError(f"{key!r} has no lora_B beside it; the adapter is damaged")
-    attention = re.fullmatch(r"self_attn\.(\w+)", module)
-    if attention:
-        size = _size_of(config, stem)
-        path = f"layers.{layer}.self_attn.{attention[1]}"
-        return _named(path, tensors[key], tensors[f"{stem}.lora_B.weight"]), size.alpha
-    expert = re.fullmatch(r"(.*\.experts)(\.base_layer)?", module)
-    if expert is None:
-        raise ModelError(f"{key!r} is LoRA on {module!r}; only attention and routed experts are known")
-    _check_targets(config, key)
-    path, outer = f"layers.{layer}.experts", stem.removesuffix(".base_layer")
-    if expert[2] is None:
-        size = _size_of(config, f"{outer}.down_proj")
-        return _named(f"{path}.down_proj", *_unflatten(tensors, stem, path, size.rank)), size.alpha
-    size = _size_of(config, f"{outer}.gate_up_proj")
-    return _unfuse(path, *_unflatten(tensors, stem, path, size.rank)), size.alpha / 2
+class _Found(NamedTuple):
+    """One LoRA as we see it: canonical path, A, B, and the alpha with which its scale is alpha / R."""
+
+    path: str
+    a: torch.Tensor
+    b: torch.Tensor
+    alpha: float
 
 
-def _named(path: str, a: torch.Tensor, b: torch.Tensor) -> _Tensors:
-    return {f"{path}.lora_A": a, f"{path}.lora_B": b}
+def _parse(config: Mapping[str, Json], stored: _Tensors, model: SparseModel) -> tuple[list[_Found], _Tensors]:
+    """Return the LoRA and the routers' weights that the files hold. Raises: ModelError at the first foreign tensor."""
+    paths = _Paths.of(model)
+    linears = {f"{_PREFIX}{name}": path for path, name in {**paths.attention, **paths.shared}.items()}
+    experts = {f"{_PREFIX}{paths.experts[f'layers.{block.layer}.experts']}": block for block in model.blocks}
+    routers = {f"{_PREFIX}{name}.weight": f"{path}.weight" for path, name in paths.routers.items()}
+    loras: list[_Found] = []
+    result: _Tensors = {}
+    for key in sorted(stored):
+        stem, _, factor = key.removesuffix(".weight").rpartition(".")
+        module = stem.removesuffix(".base_layer")
+        if key in routers:
+            result[routers[key]] = stored[key].float()
+        elif key.startswith(tuple(router.removesuffix("weight") for router in routers)):
+            _check_unchanged(key, stored[key], model)
+        elif factor not in _OTHER_FACTOR or not (stem in linears or module in experts):
+            raise ModelError(_foreign(key, [*linears, *experts, *routers], model))
+        elif f"{stem}.{_OTHER_FACTOR[factor]}.weight" not in stored:
+            raise ModelError(f"{key!r} has no {_OTHER_FACTOR[factor]} beside it; the adapter is damaged")
+        elif factor == "lora_A":
+            a, b = stored[key], stored[f"{stem}.lora_B.weight"]
+            if stem in linears:
+                loras.append(_linear(config, linears[stem], stem.removeprefix(_PREFIX), a, b))
+            else:
+                loras += _expert(config, experts[module], stem.removeprefix(_PREFIX), a, b)
+    return loras, result
 
 
-def _unfuse(path: str, a_ERD: torch.Tensor, b_EOR: torch.Tensor) -> _Tensors:
-    """Inverse of `_fuse`. Raises: ModelError if B is not block-diagonal."""
-    rank, inner = a_ERD.shape[1] // 2, b_EOR.shape[1] // 2
-    gate, up = b_EOR[:, :inner], b_EOR[:, inner:]
-    if a_ERD.shape[1] % 2 or gate[..., rank:].any() or up[..., :rank].any():
-        raise ModelError(
-            f"{path}.gate_up_proj: its LoRA mixes gate_proj and up_proj; only adapters that keep them apart are known"
+def _check_unchanged(key: str, tensor: torch.Tensor, model: SparseModel) -> None:
+    """PEFT saves a router whole; what is not its weight must be as in the base."""
+    base = model.lm.state_dict().get(key.removeprefix(_PREFIX))
+    base = None if base is None else base.cpu()
+    if base is None or not (torch.equal(base.to(tensor.dtype), tensor) or torch.equal(base, tensor.to(base.dtype))):
+        raise ModelError(f"{key!r} is not what the model has; of routers only the weight can be trained")
+
+
+def _foreign(key: str, known: Sequence[str], model: SparseModel) -> str:
+    if re.search(r"experts\.\d+\.", key):
+        return (
+            f"{key!r} is LoRA on a single expert's module, as in older transformers; open the adapter with "
+            f"PeftModel.from_pretrained, save it again, and use that"
         )
-    return {
-        **_named(f"{path}.gate_proj", a_ERD[:, :rank].contiguous(), gate[..., :rank].contiguous()),
-        **_named(f"{path}.up_proj", a_ERD[:, rank:].contiguous(), up[..., rank:].contiguous()),
-    }
+    return (
+        f"tensor {key!r} has no place in this {model.family.model_type} model; adapters are LoRA on attention, routed "
+        f"and shared experts, and trained routers{closest(key.partition('.lora_')[0], known)}"
+    )
 
 
-def _check_targets(config: Mapping[str, Json], key: str) -> None:
-    """With one parameter alone PEFT's keys do not say which it is."""
+def _linear(config: Mapping[str, Json], path: str, name: str, a: torch.Tensor, b: torch.Tensor) -> _Found:
+    targeted = _is_target(config, f"{name}.weight")  # PEFT adapts the parameter then, not the module
+    size = _size_of(config, f"{name}.weight" if targeted else name)
+    _check_rank(size, path, a, b, 1)
+    return _Found(path, a, b, size.alpha)
+
+
+def _expert(
+    config: Mapping[str, Json], block: SparseBlock, name: str, a: torch.Tensor, b: torch.Tensor
+) -> list[_Found]:
+    """Return the LoRA of one of the two stacked parameters of a layer's experts."""
+    path, module = f"layers.{block.layer}.experts", name.removesuffix(".base_layer")
+    targeted = [part for part in (_GATE_UP, _DOWN) if _is_target(config, f"{module}.{part}")]
+    inner = module != name
+    if not targeted or (inner and len(targeted) == 1):
+        raise ModelError(
+            f"{path}: its keys do not go with target_parameters {config.get('target_parameters')}; "
+            f"those must name the experts' {_GATE_UP}, {_DOWN} or both"
+        )
+    part = targeted[0] if inner else targeted[-1]
+    size = _size_of(config, f"{module}.{part}")
+    _check_rank(size, f"{path}.{part}", a, b, block.num_experts)
+    lora = unflatten(a, b, *size)
+    if part == _DOWN:
+        return [_Found(f"{path}.down_proj", *lora)]
+    if not block.experts.is_concatenated:
+        lora = lora._replace(b=one_after_the_other(lora.b))
+    return [_Found(f"{path}.{matrix}", *found) for matrix, found in unfuse(lora).items()]
+
+
+def _check_rank(size: _Size, path: str, a: torch.Tensor, b: torch.Tensor, experts: int) -> None:
+    wanted = size.rank * experts
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != wanted or b.shape[1] != wanted:
+        stack = f" for {experts} experts" if experts > 1 else ""
+        raise ModelError(
+            f"{path}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are not of rank {size.rank}{stack}"
+        )
+
+
+def _is_target(config: Mapping[str, Json], parameter: str) -> bool:
+    """Return whether `target_parameters` names it, matched as PEFT does."""
     targets: Sequence[str] = config.get("target_parameters") or ()
-    if {target.rpartition(".")[2] for target in targets} != {"gate_up_proj", "down_proj"}:
-        raise ModelError(f"{key!r}: target_parameters must be the experts' gate_up_proj and down_proj, found {targets}")
+    return any(f".{parameter}".endswith(f".{target}") for target in targets)
 
 
 def _size_of(config: Mapping[str, Json], target: str) -> _Size:
-    """Return rank and alpha PEFT gives to a module or parameter, by its own matching of patterns."""
+    """Return rank and alpha PEFT gives to a module or parameter, by its own matching of patterns.
+
+    Alpha is that with which alpha / R is the scale, also where the adapter is rank-stabilised (alpha / sqrt(R)).
+    """
 
     def value(pattern: str, default: str) -> Any:
         patterns = config.get(pattern) or {}
         return patterns.get(get_pattern_key(patterns, target), config[default])
 
-    return _Size(int(value("rank_pattern", "r")), float(value("alpha_pattern", "lora_alpha")))
+    rank, alpha = int(value("rank_pattern", "r")), float(value("alpha_pattern", "lora_alpha"))
+    return _Size(rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)
 
 
 def _read(folder: Path) -> tuple[dict[str, Json], _Tensors]:
+    """Return configuration and tensors. Raises: ModelError."""
+    check_version(peft.__version__, "installed is")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder} is not a readable PEFT adapter: {' '.join(str(error).split())}") from error
+    where = folder / CONFIG_FILE
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= set(config):
-        raise ModelError(f"{folder / CONFIG_FILE}: not the configuration of a LoRA")
-    for option in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        raise ModelError(f"{where}: not the configuration of a LoRA")
+    check_version(config.get("peft_version"), f"{folder} was written by")
+    for option in _OTHER_LORA:
         if config.get(option):
-            raise ModelError(f"{folder / CONFIG_FILE}: {option} is not supported; only plain LoRA is")
+            raise ModelError(f"{where}: {option} is not supported; only plain and rank-stabilised LoRA are")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
+        raise ModelError(f"{where}: init_lora_weights {start!r} changes the base model, which is not supported")
+    broken = next((key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+    if broken is not None:
+        raise ModelError(f"{folder}: tensor {broken!r} holds values that are not finite; the adapter is damaged")
     return config, tensors

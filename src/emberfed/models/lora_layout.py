@@ -1,0 +1,147 @@
+"""The adapter's tensors: what they are called, what shapes they have in a model, and whether they fit it.
+
+Names do not depend on transformers or PEFT:
+
+    layers.{l}.self_attn.{linear}.lora_A                 (R, in)       .lora_B   (out, R)
+    layers.{l}.experts.{gate,up,down}_proj.lora_A        (E, R, in)    .lora_B   (E, out, R)
+    layers.{l}.shared_experts.{gate,up,down}_proj.lora_A (R, in)       .lora_B   (out, R)
+    layers.{l}.router.weight                             (E, D)        trained in full
+
+An adapter holds any of them, lora_A and lora_B always together. The adapted weight is W + alpha / R * B A; R is read
+from the shapes and may differ from tensor to tensor, also between gate_proj and up_proj. Shapes are these for every
+family, also where transformers stores the experts' weights transposed, or gate and up alternating.
+
+Shapes: E experts, R rank, D hidden, F expert hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from emberfed.errors import ModelError, closest
+from emberfed.models.sparse_model import SparseModel
+
+_EXPERT = re.compile(r"layers\.\d+\.experts\.")
+_LAYER = re.compile(r"layers\.(\d+)\.")
+Sizes = Mapping[str, tuple[int, ...]]
+"""Shape of the adapted weight, (out, in) or (E, out, in), by canonical path: the name of its LoRA without `.lora_A`."""
+Slot = tuple[nn.Module, str]
+"""A module, and its attribute that holds a linear layer."""
+
+
+def is_expert(name: str) -> bool:
+    """Return whether a canonical name is of a tensor stacked over experts."""
+    return _EXPERT.match(name) is not None
+
+
+def layer_of(name: str) -> int:
+    """Return the decoder layer of a canonical name. Raises: ModelError if it is not one."""
+    match = _LAYER.match(name)
+    if match is None:
+        raise ModelError(f"{name!r} is not an adapter tensor's name; they begin with 'layers.<number>.'")
+    return int(match[1])
+
+
+def attention_linears(model: SparseModel) -> Mapping[str, Slot]:
+    """Return where the attention's linear layers that take LoRA are, by canonical path."""
+    return {f"layers.{layer}.self_attn.{name}": slot for (layer, name), slot in model.attention_linears().items()}
+
+
+def shared_linears(model: SparseModel) -> Mapping[str, Slot]:
+    """Return where the linear layers of shared experts are, by canonical path; empty for a family that has none."""
+    return {f"layers.{layer}.shared_experts.{name}": slot for (layer, name), slot in model.shared_linears().items()}
+
+
+def linear_sizes(linears: Mapping[str, Slot]) -> Sizes:
+    """Return the weights' shapes of `attention_linears` or `shared_linears`."""
+    modules = {path: getattr(module, attribute) for path, (module, attribute) in linears.items()}
+    return {path: (linear.out_features, linear.in_features) for path, linear in modules.items()}
+
+
+def expert_sizes(model: SparseModel) -> Sizes:
+    """Return the stacked weights of routed experts."""
+    experts, inner, hidden = model.shape.num_experts, model.shape.expert_intermediate, model.shape.hidden
+    shapes = {
+        "gate_proj": (experts, inner, hidden),
+        "up_proj": (experts, inner, hidden),
+        "down_proj": (experts, hidden, inner),
+    }
+    return {
+        f"layers.{block.layer}.experts.{matrix}": shape for block in model.blocks for matrix, shape in shapes.items()
+    }
+
+
+def router_sizes(model: SparseModel) -> Sizes:
+    """Return the routers' weights."""
+    return {f"layers.{block.layer}.router.weight": tuple(router_weight(block.router).shape) for block in model.blocks}
+
+
+def router_weight(router: nn.Module) -> nn.Parameter:
+    """Return a router's weight, (E, D)."""
+    weight = router.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def check(model: SparseModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that an adapter fits the model: whole pairs, nothing foreign, right shapes.
+
+    Raises: ModelError naming the first tensor that is wrong, what it is and what was expected.
+    """
+    linears = {**attention_linears(model), **shared_linears(model)}
+    expected = {**_pairs({**linear_sizes(linears), **expert_sizes(model)}), **router_sizes(model)}
+    for name in tensors:
+        if name not in expected:
+            raise ModelError(f"adapter tensor {name!r} has no place in this model{closest(name, expected)}")
+        partner = _partner(name)
+        if partner not in tensors:
+            raise ModelError(f"the adapter has {name!r} but lacks {partner!r}; lora_A and lora_B belong together")
+    for name, tensor in tensors.items():
+        _check_shape(name, tensor, expected[name], tensors)
+
+
+def _pairs(sizes: Sizes) -> Sizes:
+    """Shapes of lora_A and lora_B; 0 stands for the rank."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (*stack, out_features, in_features) in sizes.items():
+        shapes[f"{name}.lora_A"] = (*stack, 0, in_features)
+        shapes[f"{name}.lora_B"] = (*stack, out_features, 0)
+    return shapes
+
+
+def _partner(name: str) -> str:
+    """Name of the other factor of a LoRA; a router's weight stands alone."""
+    path, _, factor = name.rpartition(".")
+    return f"{path}.{({'lora_A': 'lora_B', 'lora_B': 'lora_A'}).get(factor, factor)}"
+
+
+def _check_shape(
+    name: str, tensor: torch.Tensor, expected: tuple[int, ...], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    if not tensor.is_floating_point():
+        raise ModelError(f"adapter tensor {name!r} is {tensor.dtype}; expected a floating-point type")
+    found = tuple(tensor.shape)
+    rank = _rank(name, tensors)
+    wanted = tuple(size or rank for size in expected)
+    if found != wanted or 0 in found:
+        rank_too = f", of rank {rank} >= 1" if 0 in expected else ""
+        raise ModelError(
+            f"adapter tensor {name!r} has shape {found}; expected {wanted}{rank_too}, "
+            f"in a model with {_facts(expected)}"
+        )
+
+
+def _rank(name: str, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Rank of the pair a tensor is of: the rows of its lora_A."""
+    if name.endswith(".weight"):
+        return 0
+    a = tensors[f"{name.rpartition('.')[0]}.lora_A"]
+    return a.shape[-2] if a.dim() >= 2 else 0
+
+
+def _facts(expected: tuple[int, ...]) -> str:
+    return " x ".join("rank" if size == 0 else str(size) for size in expected)

@@ -1,0 +1,109 @@
+"""An adapter written into the base's own weights, and the result as an ordinary Hugging Face checkpoint.
+
+W becomes W + alpha / R * B A for attention, routed and shared experts; a trained router takes the place of the base's.
+Sums are float32, one matrix of one expert at a time, and are rounded once to the type the base is loaded in. A bfloat16
+weight has 8 significant bits, so an update below 1/512 of it can vanish: merge into a float32 base to lose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from emberfed.errors import ModelError, StorageError
+from emberfed.models.expert_weights import ExpertWeights
+from emberfed.models.lora_layout import attention_linears, check, router_weight, shared_linears
+from emberfed.models.quantised import QuantisedWeight
+from emberfed.models.sparse_model import SparseBlock, SparseModel
+
+
+@torch.no_grad()
+def merge_into(model: SparseModel, tensors: Mapping[str, torch.Tensor], alpha: float) -> None:
+    """Add an adapter to the model's own weights. The model is changed for good: load one for this.
+
+    Args:
+        model: In 16 or 32 bits.
+        tensors: By canonical name (see `lora_layout`).
+        alpha: The scale is alpha / R.
+
+    Raises: ModelError if the adapter does not fit, or the base is quantised.
+    """
+    check(model, tensors)
+    check_mergeable(model)
+    on_device = {name: tensor.to(model.device, torch.float32) for name, tensor in tensors.items()}
+    for path, (module, attribute) in {**attention_linears(model), **shared_linears(model)}.items():
+        if f"{path}.lora_A" in on_device:
+            a, b = on_device[f"{path}.lora_A"], on_device[f"{path}.lora_B"]
+            _add(getattr(module, attribute).weight.detach(), b @ a, alpha / a.shape[0])
+    for block in model.blocks:
+        _merge_experts(block, on_device, alpha)
+        router = on_device.get(f"layers.{block.layer}.router.weight")
+        if router is not None:
+            router_weight(block.router).detach().copy_(router)
+
+
+def check_mergeable(model: SparseModel) -> None:
+    """Check that weights can be added to. Raises: ModelError if they are quantised."""
+    if any(isinstance(module, QuantisedWeight) for module in model.lm.modules()):
+        raise ModelError("a quantised base cannot be merged with; load the base unquantised (model.expert_bits=null)")
+
+
+def write_checkpoint(model: SparseModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write config.json, weights (safetensors) and the tokenizer, for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises: StorageError.
+    """
+    # Loading forgets the checkpoint's generation defaults; without them a merged model would not know where to stop.
+    model.lm.generation_config = _generation_config(model)
+    try:
+        with _without_bars():
+            model.lm.save_pretrained(folder)
+            tokenizer.save_pretrained(str(folder))
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise StorageError(f"could not write {folder}: {reason}; make room or allow writing, then repeat") from error
+
+
+def _merge_experts(block: SparseBlock, tensors: Mapping[str, torch.Tensor], alpha: float) -> None:
+    experts: Any = block.experts
+    weights = ExpertWeights(experts, experts.gate_up_proj.dtype)  # its own type, so that it hands out views
+    for matrix in ("gate_proj", "up_proj", "down_proj"):
+        path = f"layers.{block.layer}.experts.{matrix}"
+        if f"{path}.lora_A" not in tensors:
+            continue
+        a_ERI, b_EOR = tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]
+        for expert, (a, b) in enumerate(zip(a_ERI, b_EOR, strict=True)):
+            stored = weights.down(expert) if matrix == "down_proj" else weights.half(matrix, weights.gate_up(expert))
+            _add(stored.t(), b @ a, alpha / a.shape[0])
+
+
+def _add(weight: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+    weight.copy_(delta.mul_(scale).add_(weight))
+
+
+def _generation_config(model: SparseModel) -> GenerationConfig:
+    path = model.lm.name_or_path
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+    except OSError:  # the checkpoint has none
+        return GenerationConfig.from_model_config(model.lm.config)
+    return found
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    log: Any = transformers.utils.logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()

@@ -1,0 +1,270 @@
+"""Export: an adapter in the base's weights computes what the adapter does; runs give both kinds of folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from builders import FAMILY_VARIANTS, save_tiny_family, token_ids
+from commands import invoke
+from federations import config as federation
+from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import emberfed
+from emberfed.errors import ConfigError, ModelError, RunFolderError, StorageError
+from emberfed.models import lora, merging, peft_layout
+from emberfed.models.config import ModelConfig
+from emberfed.models.loading import load
+from emberfed.models.lora import LoraConfig
+from emberfed.models.sparse_model import SparseModel
+
+ALPHA = 7.0
+Tensors = dict[str, torch.Tensor]
+# PEFT 0.21 asks transformers 5.23 a question that transformers deprecates; it is not ours to answer.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def loaded(folder: Path, **options: Any) -> SparseModel:
+    return load(ModelConfig(path=str(folder), device="cpu", **options))[0]
+
+
+def adapter(model: SparseModel) -> Tensors:
+    """A random adapter of everything the model has, none of its values zero."""
+    generator = torch.Generator().manual_seed(0)
+    covers = LoraConfig(rank=3, router=True, shared_experts=bool(model.shared_linears()))
+    fresh = lora.initial(model, covers, generator)
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in fresh.items()}
+
+
+def logits(lm: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = lm(input_ids=token_ids(2, 10)).logits
+    return result
+
+
+def reopened(folder: Path) -> torch.Tensor:
+    """What plain transformers computes with a folder; nothing in it may be missing or left over."""
+    lm, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return logits(lm)
+
+
+@pytest.mark.parametrize("name", [name for names in FAMILY_VARIANTS.values() for name in names])
+def test_a_merged_checkpoint_computes_what_the_adapter_does(name: str, tmp_path: Path) -> None:
+    base = save_tiny_family(name, tmp_path / "base")
+    model, tokenizer = load(ModelConfig(path=str(base), device="cpu"))
+    tensors = adapter(model)
+    kept = {key: value.clone() for key, value in tensors.items()}
+    plain = logits(model.lm)
+    with lora.attached(model, tensors, ALPHA):
+        expected = logits(model.lm)
+    merging.merge_into(model, tensors, ALPHA)
+    torch.testing.assert_close(logits(model.lm), expected, rtol=1e-5, atol=1e-5)
+    merging.write_checkpoint(model, tokenizer, tmp_path / "merged")
+    torch.testing.assert_close(reopened(tmp_path / "merged"), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - plain).abs().max() > 0.01
+    assert all(torch.equal(tensors[key], kept[key]) for key in kept)
+
+
+def test_merging_by_hand(tiny_model_folder: Path) -> None:
+    model, before = loaded(tiny_model_folder), loaded(tiny_model_folder).lm.state_dict()
+    tensors = {name: value for name, value in adapter(model).items() if "1.experts.up_proj" in name}
+    merging.merge_into(model, tensors, ALPHA)
+    a, b = tensors["layers.1.experts.up_proj.lora_A"], tensors["layers.1.experts.up_proj.lora_B"]
+    for name, after in model.lm.state_dict().items():
+        expected = before[name].clone()
+        if name == "model.layers.1.mlp.experts.gate_up_proj":
+            for expert in range(8):
+                expected[expert, 16:] += ALPHA / 3 * (b[expert] @ a[expert])
+        torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)
+        assert "layers.1.mlp.experts.gate_up" in name or torch.equal(after, before[name])
+
+
+def test_merging_rounds_once_to_the_type_of_the_base(tiny_model_folder: Path, tmp_path: Path) -> None:
+    exact, (half, tokenizer) = (
+        loaded(tiny_model_folder),
+        load(ModelConfig(path=str(tiny_model_folder), device="cpu", dtype="bfloat16")),
+    )
+    tensors = adapter(exact)
+    exact.lm.to(torch.bfloat16).to(torch.float32)
+    merging.merge_into(exact, tensors, ALPHA)
+    merging.merge_into(half, tensors, ALPHA)
+    wanted = exact.lm.state_dict()
+    for name, value in half.lm.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value, wanted[name].to(torch.bfloat16))
+    merging.write_checkpoint(half, tokenizer, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes how many numbers the largest float32 tensor has that is computed inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_a_16_bit_base_is_merged_one_expert_at_a_time(tiny_model_folder: Path) -> None:
+    model = loaded(tiny_model_folder, dtype="bfloat16")
+    tensors = {name: value for name, value in adapter(model).items() if lora.is_expert(name)}
+    with _Largest() as largest:  # type: ignore[no-untyped-call]
+        merging.merge_into(model, tensors, ALPHA)
+    stack, adapted = 8 * 16 * 32, max(value.numel() for value in tensors.values())
+    assert 16 * 32 <= largest.numbers <= max(16 * 32, adapted) < stack
+
+
+def test_generation_defaults_and_tokenizer_stay(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(ModelConfig(path=str(tiny_model_folder), device="cpu"))
+    merging.write_checkpoint(model, tokenizer, tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 1
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_what_cannot_be_merged(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model = loaded(tiny_model_folder)
+    tensors = adapter(model)
+    with pytest.raises(ModelError, match="has no place"):
+        merging.merge_into(model, tensors | {"layers.9.router.weight": torch.zeros(8, 32)}, ALPHA)
+    quantised = loaded(tiny_model_folder, expert_bits=8)
+    with pytest.raises(ModelError, match=r"quantised base cannot be merged with; load the base unquantised"):
+        merging.merge_into(quantised, tensors, ALPHA)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="could not write"):
+        merging.write_checkpoint(model, load(ModelConfig(path=str(tiny_model_folder)))[1], tmp_path / "file" / "below")
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two rounds. Do not write to it."""
+    values = federation(tiny_model_folder, tiny_data, adapter={"rank": 2, "alpha": 4, "router": True})
+    return emberfed.run(values, output=tmp_path_factory.mktemp("runs") / "a").path
+
+
+def of_round(run: Path, base: Path, round: int) -> torch.Tensor:
+    folder = run / "rounds" / f"{round:04d}"
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
+
+
+def test_the_adapter_of_a_run(run_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    written = emberfed.export(run_folder, output=tmp_path / "new" / "adapter")
+    assert written == tmp_path / "new" / "adapter"
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in written.iterdir()} == names
+    for name in names:
+        assert (written / name).read_bytes() == (run_folder / "rounds" / "0002" / name).read_bytes()
+    assert [path.name for path in written.parent.iterdir()] == ["adapter"]
+    earlier = emberfed.export(run_folder, output=tmp_path / "earlier", format="peft", round=1)
+    found = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_folder), earlier))
+    assert torch.equal(found, of_round(run_folder, tiny_model_folder, 1))
+    assert not torch.equal(found, of_round(run_folder, tiny_model_folder, 2))
+
+
+def test_a_run_merged(run_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+    (tmp_path / "empty").mkdir()
+    written = emberfed.export(run_folder, output=tmp_path / "empty", format="merged")
+    expected = of_round(run_folder, tiny_model_folder, 2)
+    torch.testing.assert_close(reopened(written), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - reopened(tiny_model_folder)).abs().max() > 1e-3
+    assert {path.name for path in tmp_path.iterdir()} == {"empty"}
+    assert {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")} == before
+
+
+def test_a_run_with_a_quantised_base_is_merged_into_the_whole_one(
+    tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    values = federation(tiny_model_folder, tiny_data, training={"rounds": 1})
+    values["model"]["expert_bits"] = 8
+    run = emberfed.run(values, output=tmp_path / "run").path
+    written = emberfed.export(run, output=tmp_path / "merged", format="merged")
+    torch.testing.assert_close(reopened(written), of_round(run, tiny_model_folder, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_goes_on_from_the_adapter_of_another(
+    run_folder: Path, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    start = emberfed.export(run_folder, output=tmp_path / "start")
+    values = federation(
+        tiny_model_folder,
+        tiny_data,
+        adapter={"rank": 2, "alpha": 4, "router": True, "start_from": str(start)},
+        training={"rounds": 1},
+    )
+    first = emberfed.export(emberfed.run(values, output=tmp_path / "run").path, output=tmp_path / "first", round=0)
+    for name in (peft_layout.CONFIG_FILE, peft_layout.TENSORS_FILE):
+        assert (first / name).read_bytes() == (start / name).read_bytes()
+
+
+def test_nothing_is_overwritten_or_left_behind(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "note.txt").write_text("mine")
+    formats: tuple[Literal["peft", "merged"], ...] = ("peft", "merged")
+    for format in formats:
+        with pytest.raises(RunFolderError, match="exists and is not an empty folder"):
+            emberfed.export(run_folder, output=tmp_path / "taken", format=format)
+    with pytest.raises(ConfigError, match=r"export format 'onnx' is unknown; there are 'merged' and 'peft'"):
+        emberfed.export(run_folder, output=tmp_path / "new", format="onnx")  # type: ignore[arg-type]
+    with pytest.raises(RunFolderError, match=r"has no round 7; it has 0, 1, 2"):
+        emberfed.export(run_folder, output=tmp_path / "new", round=7)
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        emberfed.export(tmp_path / "taken", output=tmp_path / "new")
+    assert {path.name for path in tmp_path.rglob("*")} == {"taken", "note.txt"}
+
+
+def copied(run: Path, target: Path) -> Path:
+    for path in run.rglob("*"):
+        if path.is_file() and "final" not in path.parts:
+            (target / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+            (target / path.relative_to(run)).write_bytes(path.read_bytes())
+    return target
+
+
+def test_damaged_rounds(run_folder: Path, tmp_path: Path) -> None:
+    run = copied(run_folder, tmp_path / "run")
+    round = run / "rounds" / "0002"
+    tensors = round / peft_layout.TENSORS_FILE
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"?")
+    with pytest.raises(RunFolderError, match=r"adapter_model\.safetensors is damaged or gone; export another round"):
+        emberfed.export(run, output=tmp_path / "new")
+    tensors.unlink()
+    with pytest.raises(RunFolderError, match="is damaged or gone"):
+        emberfed.export(run, output=tmp_path / "new")
+    state = json.loads((round / "state.json").read_text())
+    del state["sha256"][peft_layout.TENSORS_FILE]
+    for written in (json.dumps(state), "[]"):
+        (round / "state.json").write_text(written)
+        with pytest.raises(RunFolderError, match="round 2 of .* has no PEFT adapter"):
+            emberfed.export(run, output=tmp_path / "new")
+    for whole in (round, round.with_name("0001"), round.with_name("0000")):
+        whole.rename(whole.with_name(f"{whole.name}.partial"))
+    with pytest.raises(RunFolderError, match="holds no whole round yet; go on with `emberfed resume"):
+        emberfed.export(run, output=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_command(run_folder: Path, tmp_path: Path) -> None:
+    answer = invoke("export", run_folder, "--output", tmp_path / "a", "--format", "merged", "--round", "1", "--json")
+    assert answer.exit_code == 0, answer.output
+    document = json.loads(answer.stdout)
+    assert document == {"run": str(run_folder), "format": "merged", "output": str(tmp_path / "a")}
+    assert (tmp_path / "a" / "config.json").is_file()
+    spoken = invoke("export", run_folder, "--output", tmp_path / "b")
+    assert spoken.stdout == f"peft written to {tmp_path / 'b'}\n"
+    refused = invoke("export", run_folder, "--output", tmp_path / "b", "--json")
+    assert refused.exit_code == RunFolderError.exit_code
+    assert "not an empty folder" in json.loads(refused.stdout)["error"]
+    assert invoke("export", run_folder, "--output", tmp_path / "c", "--format", "onnx").exit_code == 2
+    assert "Example: emberfed export" in invoke("export", "--help").stdout
