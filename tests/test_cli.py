@@ -193,11 +193,40 @@ def test_data_inspect_shows_what_a_run_would_use(config_file: Path, finished: Pa
 
 def test_doctor_names_every_part() -> None:
     result = invoke("doctor", "--json")
-    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    document = json.loads(result.stdout)
+    checks = {check["name"]: check for check in document["checks"]}
     assert {"emberfed", "libraries", "device", "threads", "memory", "bf16", "disk", "extras", "model"} == set(checks)
     broken = [check for check in checks.values() if check["state"] == "broken"]
     assert result.exit_code == (1 if broken else 0)
     assert not broken, broken
+    *rows, whole = document["memory"]
+    assert whole["module"] == "total"
+    assert whole["stored_bytes"] == sum(row["stored_bytes"] for row in rows)
+
+
+def test_doctor_weighs_the_configured_model(config_file: Path) -> None:
+    """Bytes as they are stored: with groups of 32 and, for a third of the weights, 16, that is 5 bits and 6."""
+    in_4 = json.loads(invoke("doctor", config_file, "--set", "model.expert_bits=4", "--json").stdout)["memory"]
+    in_16 = json.loads(invoke("doctor", config_file, "--set", "model.dtype=bfloat16", "--json").stdout)["memory"]
+    experts, expected = (next(row for row in rows if row["module"] == "routed experts") for rows in (in_4, in_16))
+    assert experts["formats"] == ["4 bit"]
+    assert experts["weights"] == expected["weights"]
+    assert experts["sixteen_bit_bytes"] == expected["stored_bytes"]
+    assert 3 * experts["stored_bytes"] == expected["stored_bytes"]
+    shown = invoke("doctor", config_file, "--set", "model.expert_bits=4").stdout
+    row = next(line for line in shown.splitlines() if line.strip().startswith("routed experts"))
+    assert "4 bit" in row
+
+
+def test_doctor_says_when_the_model_is_broken(config_file: Path, tmp_path: Path) -> None:
+    result = invoke("doctor", config_file, "--set", f"model.path={tmp_path}", "--json")
+    document = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert document["memory"] == []
+    model = document["checks"][-1]
+    assert (model["name"], model["state"]) == ("model", "broken")
+    assert "cannot be loaded" in model["detail"]
+    assert "Stored" not in invoke("doctor", config_file, "--set", f"model.path={tmp_path}").stdout
 
 
 @pytest.mark.parametrize(
@@ -220,6 +249,8 @@ def test_doctor_names_every_part() -> None:
         (("report", "{tmp}"), 5, "not a run folder"),
         (("methods", "a3smo"), 2, "did you mean 'a3smoe'"),
         (("data", "inspect", "{tmp}/absent.yaml"), 2, "does not exist"),
+        (("doctor", "{tmp}/absent.yaml"), 2, "does not exist"),
+        (("doctor", "--set", "model.expert_bits=3"), 2, "input should be 4 or 8, found 3"),
         (("init", "{tmp}/broken.yaml"), 2, "left as it is"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

@@ -80,7 +80,11 @@ def test_an_unknown_section_inside_a_partition_names_the_closest(tmp_path: Path)
 
 
 UNUSABLE: list[tuple[dict[str, Any], type[EmberfedError], str]] = [
-    ({"clients": {"tiers": [{"name": "big", "share": 1.0, "top_k": 9}]}}, ConfigError, "top_k 9, the model has 8"),
+    (
+        {"clients": {"tiers": [{"name": "big", "share": 1.0, "top_k": 9}]}},
+        ConfigError,
+        "top_k 9, the model can send a token to 8",
+    ),
     ({"clients": {"count": 2}}, ConfigError, "gets none of the 2 clients"),
     ({"clients": {"count": 60}}, DataError, "cannot be divided over 60 clients"),
     ({"data": {"partition": {"kind": "natural", "by": "hospital"}}}, DataError, "no column 'hospital'"),

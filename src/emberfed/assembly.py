@@ -30,7 +30,7 @@ from emberfed.models.sparse_model import SparseModel
 from emberfed.records import Json
 from emberfed.rounds import Federation
 from emberfed.seeds import Seeds
-from emberfed.training import Trainer
+from emberfed.training import Trainer, check_possible
 from emberfed.worker import MemoryFolder, Worker
 
 
@@ -55,7 +55,8 @@ def gather(config: RunConfig) -> Material:
     seeds = Seeds(config.seed)
     model, tokenizer = load_model(config.model)
     check_vocabulary(tokenizer, model.shape.vocabulary)
-    budgets = clients.resolve(config.clients.tiers, model.native_top_k, model.num_experts)
+    check_possible(model, config.training)
+    budgets = clients.resolve(config.clients.tiers, model.native_top_k, model.largest_top_k)
     corpus = load(config.data, seeds)
     divided = partition(corpus.train, config.data.partition, config.clients.count, seeds)
     shards = {
@@ -63,7 +64,7 @@ def gather(config: RunConfig) -> Material:
     }
     test = tokenise(corpus.test, tokenizer, config.data, "test split")
     sizes = {id_: len(shard.examples) for id_, shard in shards.items()}
-    enrolled = clients.enrol(sizes, config.clients, model.native_top_k, model.num_experts, seeds)
+    enrolled = clients.enrol(sizes, config.clients, model.native_top_k, model.largest_top_k, seeds)
     inspection = inspect(corpus, divided, shards)
     return Material(model, tokenizer, corpus, divided, shards, test, inspection, enrolled, tuple(budgets))
 
@@ -96,6 +97,10 @@ def check_same_settings(folder: RunFolder, config: RunConfig) -> None:
         )
 
 
+PLACES = ("data.path", "model.path", "adapter.start_from")
+"""Settings that say where something is; it may move while a run goes on."""
+
+
 def fixed_settings(config: RunConfig) -> dict[str, Json]:
     """Return, by key, the settings that must stay as they are for the whole of a run."""
     flat = {
@@ -104,7 +109,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Json]:
         if section not in ("seed", "engine", "output", "evaluation")
         for key, value in values.items()
     }
-    free = ("training.rounds", "model.threads", "model.device", "clients.min_replies", "data.path", "model.path")
+    free = ("training.rounds", "clients.min_replies", "model.threads", "model.device", *PLACES)
     return {"seed": config.seed, **{key: value for key, value in flat.items() if key not in free}}
 
 

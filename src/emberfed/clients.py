@@ -103,22 +103,22 @@ def client_ids(count: int) -> list[str]:
     return [f"c{number:0{width}d}" for number in range(count)]
 
 
-def resolve(tiers: Sequence[Tier], native_top_k: int, num_experts: int) -> list[Budget]:
-    """Return each tier's budget on a model. Raises: ConfigError if a K is larger than the number of experts."""
+def resolve(tiers: Sequence[Tier], native_top_k: int, largest_top_k: int) -> list[Budget]:
+    """Return each tier's budget on a model. Raises: ConfigError if a K is larger than the model allows."""
     budgets = []
     for tier in tiers:
         top_k = tier.top_k if tier.top_k is not None else max(1, math.floor(native_top_k * (tier.beta or 0) + 1e-9))
-        if top_k > num_experts:
+        if top_k > largest_top_k:
             raise ConfigError(
-                f"clients.tiers: tier {tier.name!r} has top_k {top_k}, the model has {num_experts} experts per layer; "
-                f"choose 1 to {num_experts}"
+                f"clients.tiers: tier {tier.name!r} has top_k {top_k}, the model can send a token to "
+                f"{largest_top_k} experts at most; choose 1 to {largest_top_k}"
             )
         budgets.append(Budget(tier.name, top_k, tier.rank))
     return budgets
 
 
 def enrol(
-    examples: Mapping[str, int], config: ClientsConfig, native_top_k: int, num_experts: int, seeds: Seeds
+    examples: Mapping[str, int], config: ClientsConfig, native_top_k: int, largest_top_k: int, seeds: Seeds
 ) -> tuple[Client, ...]:
     """Return the clients, sorted by id, each on a tier.
 
@@ -128,12 +128,12 @@ def enrol(
         examples: Training examples by client id.
         config: The `clients` section.
         native_top_k: K of the checkpoint.
-        num_experts: Experts per layer.
+        largest_top_k: The most experts the model can send a token to.
         seeds: The run's seeds.
 
     Raises: ConfigError if a tier would get no client, or K does not fit the model.
     """
-    budgets = resolve(config.tiers, native_top_k, num_experts)
+    budgets = resolve(config.tiers, native_top_k, largest_top_k)
     counts = largest_remainder([tier.share for tier in config.tiers], len(examples))
     for tier, count in zip(config.tiers, counts, strict=True):
         if count == 0:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from emberfed import costs, events
 from emberfed.data.tokenise import IGNORED, Batch, Shard, collate
-from emberfed.errors import ClientError
-from emberfed.models.groups import TrainableGroups
+from emberfed.errors import ClientError, ConfigError
+from emberfed.models.groups import TrainableGroups, clip_gradients
 from emberfed.models.lora import Adapter
 from emberfed.models.sparse_model import SparseModel
 from emberfed.records import Json
@@ -171,8 +171,10 @@ class Trainer:
 
         Raises:
             ClientError: if a loss or gradient is not finite; it names the step.
+            ConfigError: if the options ask for what this model or device does not have.
         """
         config = self.config
+        check_possible(model, config)
         steps = step_count(config, len(shard.examples))
         groups = adapter.trainable_groups()
         optimizer = self._optimizer(groups)
@@ -195,7 +197,7 @@ class Trainer:
                     work = done if work is None else work + done
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, round, step, steps)
-                self._step(adapter, groups, optimizer, counter.take() > 0, at)
+                self._step(groups, optimizer, counter.take() > 0, at)
                 target_tokens += targets
                 losses.append(step_loss / targets)
                 self._listen(events.Step(client, step + 1, steps, losses[-1]))
@@ -221,15 +223,23 @@ class Trainer:
             return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True, **options)
         return torch.optim.Adam(parameters, fused=True, **options)
 
-    def _step(
-        self, adapter: Adapter, groups: TrainableGroups, optimizer: Optimizer, touched_LE: Tensor, at: str
-    ) -> None:
+    def _step(self, groups: TrainableGroups, optimizer: Optimizer, touched_LE: Tensor, at: str) -> None:
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters.values(), limit)
+        norm = clip_gradients(groups.take_gradients(touched_LE), limit)
         _finite(norm, "gradient norm", at)
-        groups.scatter_gradients(touched_LE)
         optimizer.step()
         groups.zero_grad()
+
+
+def check_possible(model: SparseModel, config: TrainingConfig) -> None:
+    """Check that the model and its device have what the options ask for. Raises: ConfigError."""
+    if config.router_aux_loss_coef > 0 and not model.has_auxiliary_loss:
+        raise ConfigError(
+            f"training.router_aux_loss_coef is {config.router_aux_loss_coef}, but {model.family.model_type} models "
+            f"have no auxiliary loss; set it to 0"
+        )
+    if config.precision == "bfloat16" and model.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("training.precision is bfloat16, which this CUDA device does not have; set it to model")
 
 
 def _finite(value: Tensor, what: str, at: str) -> float:
@@ -241,7 +251,13 @@ def _finite(value: Tensor, what: str, at: str) -> float:
 
 def _work(batch: Batch, top_k: int, head_tokens: int) -> costs.Work:
     sequences, length = batch.input_ids.shape
-    return costs.Work(sequences * length, sequences * length**2, top_k, head_tokens)
+    return costs.Work(
+        tokens=sequences * length,
+        routed_tokens=int(batch.attention_mask.sum()),
+        attended_pairs=sequences * length**2,
+        top_k=top_k,
+        head_tokens=head_tokens,
+    )
 
 
 def _autocast(model: SparseModel, config: TrainingConfig) -> AbstractContextManager[Any]:
