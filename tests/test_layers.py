@@ -15,7 +15,7 @@ ROOT = Path(emberfed.__file__).parent
 LAYERS = {
     0: {"", "errors", "seeds", "sections", "records", "events", "plugins", "storage"},
     1: {"models", "data", "builtin", "clients", "aggregation"},
-    2: {"costs", "training", "evaluation"},
+    2: {"costs", "memory", "training", "evaluation"},
     3: {"method", "engine", "methods"},
     4: {"admission", "checkpoint", "inbox", "worker", "rounds", "config", "assembly", "report", "engines"},
     5: {"api"},

@@ -2,105 +2,231 @@
 
 torch's own FLOP counter misses grouped matrix products and slows small models down; the formulas here take the
 positions and assignments that were really computed and are tested against that counter where it can see.
+
+A model is walked once from the embedding to the head. Each product is told apart by what autograd forms of it: a frozen
+matrix costs one more product backward (the gradient of its input) if its input depends on the adapter, a trained one
+another for itself. Nothing below the lowest adapted weight is differentiated.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import psutil
 import torch
 from torch import Tensor
 
-from emberfed.models.lora import is_expert
+from emberfed.models.routed_lora import MATRICES
 from emberfed.models.sparse_model import ModelShape
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Counted work of some forward passes, padding included since it is computed too.
+    """Counted work of some forward passes.
 
     Attributes:
-        tokens: Positions that went through the model.
+        tokens: Positions that went through the model, padding included since it is computed too.
+        routed_tokens: Those of them that went to experts: padding does not.
         attended_pairs: (query, key) pairs per head and layer: sum of batch x length squared.
         top_k: Experts activated per token.
         head_tokens: Positions whose logits were computed.
     """
 
     tokens: int
+    routed_tokens: int
     attended_pairs: int
     top_k: int
     head_tokens: int
 
-    def __add__(self, other: Work) -> Work:
-        """Add the work of further passes with the same `top_k`."""
+    @staticmethod
+    def of_batch(sequences: int, length: int, top_k: int, head_tokens: int) -> Work:
+        """Return the work of one forward pass over sequences of that many tokens each, none of them padding."""
+        tokens = sequences * length
         return Work(
-            self.tokens + other.tokens,
-            self.attended_pairs + other.attended_pairs,
-            self.top_k,
-            self.head_tokens + other.head_tokens,
+            tokens=tokens,
+            routed_tokens=tokens,
+            attended_pairs=tokens * length,
+            top_k=top_k,
+            head_tokens=head_tokens,
+        )
+
+    def __add__(self, other: Work) -> Work:
+        """Add the work of further passes. Raises: ValueError if their `top_k` is another."""
+        if self.top_k != other.top_k:
+            raise ValueError(f"work at top_k {self.top_k} and at {other.top_k} cannot be added")
+        return Work(
+            tokens=self.tokens + other.tokens,
+            routed_tokens=self.routed_tokens + other.routed_tokens,
+            attended_pairs=self.attended_pairs + other.attended_pairs,
+            top_k=self.top_k,
+            head_tokens=self.head_tokens + other.head_tokens,
         )
 
 
 def forward_flops(shape: ModelShape, work: Work, adapter: Mapping[str, Tensor]) -> int:
-    """Return the FLOPs of the matrix products of the forward pass (a multiply-add counts 2), adapter included."""
-    qkv, out, router, expert = _weights_per_layer(shape)
-    attention = 4 * work.attended_pairs * shape.heads * shape.head_dim
-    per_layer = 2 * work.tokens * (qkv + out + router + work.top_k * expert) + attention
-    head = 2 * work.head_tokens * shape.hidden * shape.vocabulary
-    return shape.num_layers * per_layer + head + _adapter_flops(adapter, work)
+    """Return the FLOPs of the matrix products of the forward pass (a multiply-add counts 2), adapter included.
+
+    Qwen2-MoE's gate on its shared expert, one column, is left out: 2 * hidden FLOPs a token and layer.
+    """
+    return sum(product.forward for product in _products(shape, work, adapter))
+
+
+def backward_flops(shape: ModelShape, work: Work, adapter: Mapping[str, Tensor]) -> int:
+    """Return the FLOPs of the matrix products of the backward pass, with a frozen base and a trained adapter.
+
+    What gradient checkpointing computes again is not in it: see `recomputed_flops`.
+    """
+    return sum(product.backward for product in _products(shape, work, adapter))
 
 
 def training_flops(shape: ModelShape, work: Work, adapter: Mapping[str, Tensor]) -> int:
-    """Return the FLOPs of forward and backward passes with a frozen base and a trained adapter.
+    """Return the FLOPs of forward and backward passes."""
+    return forward_flops(shape, work, adapter) + backward_flops(shape, work, adapter)
 
-    Backward, a frozen matrix costs one product (the gradient of its input), a trained one two, attention's two
-    products four. Nothing below the lowest adapter is differentiated: layer 0's inputs need no gradient.
+
+def recomputed_flops(shape: ModelShape, work: Work, adapter: Mapping[str, Tensor]) -> int:
+    """Return the FLOPs that gradient checkpointing adds: the forward pass of each layer that is differentiated.
+
+    torch stops as soon as it has what backward needs, which saves the last product of an MLP that is computed last.
     """
-    qkv, out, router, expert = _weights_per_layer(shape)
-    tokens, layers = work.tokens, shape.num_layers
-    attention = 8 * work.attended_pairs * shape.heads * shape.head_dim
+    layers = _Walk(shape, replace(work, head_tokens=0), adapter)
+    live, flops = False, 0
+    for layer in range(shape.num_layers):
+        products, live = _collect(layers.layer(layer, live))
+        flops += sum(product.forward for product in products) if live else 0
+    return flops
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of an adapter's tensors in float32, as they are trained and sent."""
+    return sum(tensor.numel() for tensor in tensors.values()) * torch.float32.itemsize
+
+
+def upload_bytes(shape: ModelShape, adapter: Mapping[str, Tensor]) -> int:
+    """Return the bytes of an upload's tensors: the adapter, and an int64 activation count for each layer and expert.
+
+    A download is `tensor_bytes`. The header with the names comes to some hundred bytes a tensor.
+    """
+    return tensor_bytes(adapter) + len(shape.sparse_layers) * shape.num_experts * torch.int64.itemsize
+
+
+class _Product(NamedTuple):
+    """FLOPs of one matrix product, and of those that autograd forms of it."""
+
+    forward: int
+    backward: int
+
+
+_Products = Generator[_Product, None, bool]
+"""Products of a part of the model; returns whether its output depends on the adapter."""
+
+
+def _products(shape: ModelShape, work: Work, adapter: Mapping[str, Tensor]) -> Iterator[_Product]:
+    walk = _Walk(shape, work, adapter)
+    live = False
+    for layer in range(shape.num_layers):
+        live = yield from walk.layer(layer, live)
     head = 2 * work.head_tokens * shape.hidden * shape.vocabulary
-    full = 2 * tokens * (qkv + out + router + work.top_k * expert) + attention
-    if any(".self_attn." in name for name in adapter):
-        unneeded = 2 * tokens * qkv
-    else:
-        gate_up = 2 * shape.hidden * shape.expert_intermediate
-        unneeded = 2 * tokens * (qkv + out + router + work.top_k * gate_up) + attention
-    lora = 2 * _adapter_flops(adapter, work) - _unneeded_adapter_flops(adapter, work)
-    routers = sum(2 * tokens * tensor.numel() for name, tensor in adapter.items() if name.endswith(".router.weight"))
-    return forward_flops(shape, work, adapter) + layers * full - unneeded + head + lora + routers
+    yield _Product(head, head * live)
 
 
-def _weights_per_layer(shape: ModelShape) -> tuple[int, int, int, int]:
-    """Return the number of weights of q+k+v, of o, of the router, and of one expert."""
-    sizes = {name: rows * columns for name, (rows, columns) in shape.attention.items()}
-    out = sizes.pop("o_proj")
-    expert = 3 * shape.hidden * shape.expert_intermediate
-    return sum(sizes.values()), out, shape.hidden * shape.num_experts, expert
+def _collect(part: _Products) -> tuple[list[_Product], bool]:
+    """Return a part's products, and whether its output depends on the adapter."""
+    products = []
+    while True:
+        try:
+            products.append(next(part))
+        except StopIteration as end:
+            return products, end.value
 
 
-def _adapter_flops(adapter: Mapping[str, Tensor], work: Work) -> int:
-    return sum(_tensor_flops(name, tensor, work) for name, tensor in adapter.items() if "lora_" in name)
+@final
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """The parts of a model in the order they are computed. `live`: a part's input depends on the adapter."""
 
+    shape: ModelShape
+    work: Work
+    adapter: Mapping[str, Tensor]
 
-def _unneeded_adapter_flops(adapter: Mapping[str, Tensor], work: Work) -> int:
-    """FLOPs of input gradients that layer 0 does not form: of the first A matrices that see the embedding."""
-    attention = any(".self_attn." in name for name in adapter)
-    first = r"layers\.0\.self_attn\.[qkv]_proj\.lora_A" if attention else r"layers\.0\.experts\.(gate|up)_proj\.lora_A"
-    return sum(_tensor_flops(name, tensor, work) for name, tensor in adapter.items() if re.fullmatch(first, name))
+    def layer(self, layer: int, live: bool) -> _Products:
+        """One decoder layer."""
+        attended = yield from self._attention(f"layers.{layer}.self_attn", live)
+        live = live or attended
+        if layer in self.shape.dense_layers:
+            through = yield from self._mlp(f"layers.{layer}.mlp", self.shape.dense_intermediate, live)
+            return live or through
+        gates = yield from self._router(f"layers.{layer}.router.weight", live)
+        through = yield from self._experts(f"layers.{layer}.experts", live, gates)
+        shared = False
+        if self.shape.shared_intermediate:
+            path = f"layers.{layer}.shared_experts"
+            shared = yield from self._mlp(path, self.shape.shared_intermediate, live)
+        return live or through or shared
 
+    def _linear(self, path: str, weights: int, live: bool) -> _Products:
+        frozen = 2 * self.work.tokens * weights
+        yield _Product(frozen, frozen * live)
+        if f"{path}.lora_A" not in self.adapter:
+            return live
+        low, high = (2 * self.work.tokens * self.adapter[f"{path}.lora_{side}"].numel() for side in "AB")
+        yield _Product(low, low * (1 + live))
+        yield _Product(high, high * 2)
+        return True
 
-def _tensor_flops(name: str, tensor: Tensor, work: Work) -> int:
-    if is_expert(name):
-        return 2 * work.tokens * work.top_k * (tensor.numel() // tensor.shape[0])
-    return 2 * work.tokens * tensor.numel()
+    def _attention(self, path: str, live: bool) -> _Products:
+        shape, pairs = self.shape, self.work.attended_pairs
+        sizes = {name: prod(size) for name, size in shape.attention.items()}
+
+        def linear(name: str, live: bool) -> _Products:
+            return self._linear(f"{path}.{name}", sizes[name], live)
+
+        if "q_a_proj" in sizes:  # latent: compressed, and restored
+            query = yield from linear("q_b_proj", (yield from linear("q_a_proj", live)))
+        else:
+            query = yield from linear("q_proj", live)
+        if "kv_b_proj" in sizes:
+            key = value = yield from linear("kv_b_proj", (yield from linear("kv_a_proj_with_mqa", live)))
+        else:
+            key = yield from linear("k_proj", live)
+            value = yield from linear("v_proj", live)
+        scores = query or key
+        score_flops, mix_flops = (2 * pairs * shape.heads * size for size in (shape.qk_head_dim, shape.v_head_dim))
+        yield _Product(score_flops, score_flops * (query + key))
+        yield _Product(mix_flops, mix_flops * (scores + value))
+        return (yield from linear("o_proj", scores or value))
+
+    def _router(self, name: str, live: bool) -> _Products:
+        flops, trained = 2 * self.work.tokens * self.shape.hidden * self.shape.num_experts, name in self.adapter
+        yield _Product(flops, flops * (live + trained))
+        return live or trained
+
+    def _experts(self, path: str, live: bool, gates: bool) -> _Products:
+        """Routed experts, which are one autograd node: it always forms the gates' gradient and what leads to it."""
+        shape, rows = self.shape, self.work.routed_tokens * self.work.top_k
+        loras = [matrix for matrix in MATRICES if f"{path}.{matrix}.lora_A" in self.adapter]
+        differentiated = bool(live or gates or loras)
+        matrix_flops = 2 * rows * shape.hidden * shape.expert_intermediate
+        yield _Product(2 * matrix_flops, 2 * matrix_flops * live)
+        yield _Product(matrix_flops, matrix_flops * differentiated)
+        for matrix in loras:
+            low, high = (2 * rows * self.adapter[f"{path}.{matrix}.lora_{side}"][0].numel() for side in "AB")
+            yield _Product(low, low * (1 + (live or matrix == "down_proj")))
+            yield _Product(high, high * 2)
+        return differentiated
+
+    def _mlp(self, path: str, intermediate: int, live: bool) -> _Products:
+        weights = self.shape.hidden * intermediate
+        gate = yield from self._linear(f"{path}.gate_proj", weights, live)
+        up = yield from self._linear(f"{path}.up_proj", weights, live)
+        return (yield from self._linear(f"{path}.down_proj", weights, gate or up))
 
 
 @final

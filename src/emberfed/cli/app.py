@@ -242,6 +242,17 @@ def inspect(config: Config = None, overrides: Overrides = None, as_json: AsJson 
         output(as_json).result(inspection.json(), *division.tables(inspection))
 
 
+@app.command(epilog="Example: emberfed plan config.yaml --set adapter.rank=16")
+def plan(config: Config = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Count what each tier would need: FLOPs, memory and traffic. Nothing is trained or written."""
+    with output(as_json).errors():
+        from emberfed import config as configuration
+        from emberfed.cli import plan as planning
+
+        plans = planning.plan(configuration.load(config, overrides or ()))
+        output(as_json).result({"tiers": [tier.json() for tier in plans]}, *planning.tables(plans))
+
+
 @app.command(epilog="Example: emberfed doctor config.yaml --set model.expert_bits=4")
 def doctor(config: Config = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check this machine and the model, and say what will bite; exit code 1 if something essential is broken."""

@@ -75,9 +75,8 @@ class TrainableGroups:
                 raise ValueError(f"touched must be bool (layers, experts), found {touched_LE.dtype} {touched_LE.shape}")
             if group.stacked.grad is None:
                 continue
-            sparse = group.stacked.grad.coalesce()
-            values = sparse.values()
-            for expert, slice_ in zip(sparse.indices()[0].tolist(), values.unbind(), strict=True):
+            used_U, values = _rows(group.stacked.grad)
+            for expert, slice_ in zip(used_U.tolist(), values.unbind(), strict=True):
                 group.views[expert].grad = slice_ if rows[group.row][expert] else None
             gradients.append(values)
         return gradients
@@ -86,6 +85,14 @@ class TrainableGroups:
         """Forget all gradients; an optimiser's own `zero_grad` does not know the stacked ones."""
         for parameter in (*self.parameters(), *(group.stacked for group in self.experts)):
             parameter.grad = None
+
+
+def _rows(sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts, ascending, and their rows; summed only if several backward passes were accumulated."""
+    used_U = sparse._indices()[0]
+    if not bool((used_U.diff() > 0).all()):  # torch forgets that one pass alone needs no summing, and would copy
+        sparse = sparse.coalesce()
+    return sparse._indices()[0], sparse._values()
 
 
 def clip_gradients(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:

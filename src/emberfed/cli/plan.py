@@ -1,0 +1,184 @@
+"""`emberfed plan`: what a configuration would cost each tier, counted before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from math import prod
+from typing import Any, final
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from emberfed import assembly
+from emberfed.assembly import Material
+from emberfed.cli.tables import plain_table
+from emberfed.clients import Budget, Client
+from emberfed.config import RunConfig
+from emberfed.costs import Work, backward_flops, forward_flops, recomputed_flops, training_flops
+from emberfed.data.tokenise import IGNORED, Batch, collate
+from emberfed.memory import Step, TrainingMemory, training_memory
+from emberfed.method import Method
+from emberfed.records import Bundle, TensorSpec
+from emberfed.report import numbers
+from emberfed.seeds import Seeds
+from emberfed.training import Trainer, check_possible, step_count
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """What one tier's clients would need.
+
+    Attributes:
+        tier: Its name.
+        top_k: Active experts per token.
+        clients: How many clients are on it.
+        step: Its largest step of round 1.
+        forward_flops, backward_flops: Of that step.
+        recomputed_flops: What gradient checkpointing adds to it; 0 without.
+        round_flops: Forward and backward in round 1, mean of its clients.
+        memory: During that step.
+        download_bytes, upload_bytes: Of one client and round; the upload without its header.
+    """
+
+    tier: str
+    top_k: int
+    clients: int
+    step: Step
+    forward_flops: int
+    backward_flops: int
+    recomputed_flops: int
+    round_flops: int
+    memory: TrainingMemory
+    download_bytes: int
+    upload_bytes: int
+
+    def json(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        return {**asdict(self), "memory": self.memory.json()}
+
+
+def plan(config: RunConfig) -> tuple[TierPlan, ...]:
+    """Load model and data as a run would, and count. Raises: ConfigError, DataError, ModelError."""
+    material = assembly.gather(config)
+    check_possible(material.model, config.training)
+    method = config.method_type(config.method, config.adapter, Trainer(config.training))
+    state = method.init(material.model, Seeds(config.seed).at(purpose="init"))
+    return tuple(_tier(config, material, method, state, budget) for budget in material.budgets)
+
+
+def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, budget: Budget) -> TierPlan:
+    model, shape = material.model, material.model.shape
+    clients = [client for client in material.clients if client.budget.tier == budget.tier]
+    download = method.dispatch(state, clients[0], 1)
+    adapter = {name: tensor for name, tensor in download.content.tensors.items() if name.startswith("layers.")}
+    steps = [step for client in clients for step in _steps(config, material, client)]
+    largest = _largest(steps, config.training.gradient_checkpointing)
+    works = [_work(batch, budget.top_k) for step in steps for batch in step]
+    one = Work.of_batch(largest.sequences, largest.length, budget.top_k, largest.sequences * largest.head_positions)
+    times = largest.micro_batches
+    with model.active_experts(budget.top_k):
+        memory = training_memory(model, adapter, largest)
+    return TierPlan(
+        tier=budget.tier,
+        top_k=budget.top_k,
+        clients=len(clients),
+        step=largest,
+        forward_flops=times * forward_flops(shape, one, adapter),
+        backward_flops=times * backward_flops(shape, one, adapter),
+        recomputed_flops=times * recomputed_flops(shape, one, adapter) if largest.checkpointing else 0,
+        round_flops=training_flops(shape, sum(works[1:], works[0]), adapter) // len(clients),
+        memory=memory,
+        download_bytes=len(download.to_bytes()),
+        upload_bytes=sum(map(_most_bytes, method.expects(state, download).values())),
+    )
+
+
+def _steps(config: RunConfig, material: Material, client: Client) -> Iterator[list[Batch]]:
+    """Yield the micro batches of each of a client's steps in round 1, as `Trainer.train` forms them."""
+    training, shard = config.training, material.shards[client.id]
+    micro = training.micro_batch_size or training.batch_size
+    seeds = Seeds(config.seed).at(round=1, client=client.id)
+    groups = (
+        examples
+        for epoch in range(training.local_epochs)
+        for examples in shard.batches(training.batch_size, seeds.torch(f"order {epoch}"))
+    )
+    for examples in islice(groups, step_count(training, len(shard.examples))):
+        yield [collate(examples[start : start + micro], shard.pad_token_id) for start in range(0, len(examples), micro)]
+
+
+def _head_positions(batch: Batch) -> int:
+    return int((batch.labels[:, 1:] != IGNORED).any(dim=0).sum())
+
+
+def _work(batch: Batch, top_k: int) -> Work:
+    sequences, length = batch.input_ids.shape
+    full = Work.of_batch(sequences, length, top_k, sequences * _head_positions(batch))
+    return replace(full, routed_tokens=int(batch.attention_mask.sum()))
+
+
+def _largest(steps: Sequence[Sequence[Batch]], checkpointing: bool) -> Step:
+    """Return a step that is in every respect as large as any of these."""
+    batches = [batch for step in steps for batch in step]
+    return Step(
+        sequences=max(batch.input_ids.shape[0] for batch in batches),
+        length=max(batch.input_ids.shape[1] for batch in batches),
+        head_positions=max(map(_head_positions, batches)),
+        micro_batches=max(map(len, steps)),
+        checkpointing=checkpointing,
+    )
+
+
+def _most_bytes(spec: TensorSpec) -> int:
+    return prod(size if isinstance(size, int) else size[1] for size in spec.shape) * spec.dtype.itemsize
+
+
+def tables(plans: Sequence[TierPlan]) -> list[RenderableType]:
+    """Return what there is to see: the largest step, memory during it, a round, and what the words mean."""
+    return [_step_table(plans), _memory_table(plans), _round_table(plans), Text(_LEGEND)]
+
+
+_LEGEND = """\
+Step: the largest of round 1. Again: what gradient checkpointing computes twice. FLOP of a round: mean of the clients.
+Peak: the most there is at one moment, logits and temporary tensors too; activations go as gradients come. The process
+needs some hundred megabytes more, for Python, the libraries and the kernels they keep."""
+
+
+def _step_table(plans: Sequence[TierPlan]) -> Table:
+    table = _table("Largest step", "K", "Sequences", "Length", "Forward", "Backward", "Again")
+    for plan in plans:
+        step = plan.step
+        sequences = str(step.sequences) if step.micro_batches == 1 else f"{step.micro_batches} × {step.sequences}"
+        flops = (plan.forward_flops, plan.backward_flops, plan.recomputed_flops)
+        table.add_row(plan.tier, str(plan.top_k), sequences, str(step.length), *map(numbers.flops, flops))
+    return table
+
+
+def _memory_table(plans: Sequence[TierPlan]) -> Table:
+    table = _table("Memory during it", "Model", "Adapter", "Optimizer", "Gradients", "Activations", "Peak")
+    for plan in plans:
+        memory = plan.memory
+        parts = (memory.weight_bytes, memory.adapter_bytes, memory.optimizer_bytes, memory.gradient_bytes)
+        sizes = (*parts, memory.activation_bytes, memory.total_bytes)
+        table.add_row(plan.tier, *map(numbers.byte_size, sizes))
+    return table
+
+
+def _round_table(plans: Sequence[TierPlan]) -> Table:
+    table = _table("A client's round", "Clients", "FLOP", "Down", "Up")
+    for plan in plans:
+        traffic = map(numbers.byte_size, (plan.download_bytes, plan.upload_bytes))
+        table.add_row(plan.tier, str(plan.clients), numbers.flops(plan.round_flops), *traffic)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = plain_table(title)
+    table.add_column("Tier", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

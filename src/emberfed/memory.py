@@ -1,0 +1,262 @@
+"""What a training step holds in memory, in bytes, counted before it is run.
+
+How much autograd keeps for backward depends on every operation of a decoder layer, and families differ in all of them.
+So it is counted, not derived: a few small forward passes are run, and the distinct tensors that autograd saves are
+added up by layer. Those bytes are a polynomial in the number of sequences B and their length L; six batches fix it, and
+it then holds for every other (a single sequence may keep less, since some copies are then views). The rest are counts
+of tensors.
+
+A step's peak is the largest of these moments. A(l) is what layer l keeps, A(end) what the final norm keeps, G(l) the
+gradients of its part of the adapter, H the logits, X the hidden states of all positions, W what backward of one layer
+needs beside them:
+
+    backward begins          A(all) + A(end) + 3 H
+    backward of layer l      A(0..l) + G(l..last) + 4 X + W
+    optimiser                2 G(all)
+
+With gradient checkpointing a layer keeps X, its input, and A(l) while its own backward runs.
+
+Not counted: what the allocator, the libraries and Python itself hold, the load-balancing loss, and lengths beyond a
+sliding window. On CPUs oneDNN keeps a kernel for each shape it met, which can come to some hundred megabytes.
+
+Shapes: L layers with experts, E experts, P parts (decoder layers, and what comes after them), C terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from operator import attrgetter
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from emberfed.costs import tensor_bytes
+from emberfed.models import lora
+from emberfed.models.footprint import memory_by_module, total
+from emberfed.models.sparse_model import SparseModel
+
+_FLOAT32_BYTES = 4
+_SEQUENCES = (2, 3)
+_LENGTHS = (8, 12, 16)
+_ADAM_MOMENTS = 2
+_LOGITS = 3
+"""Copies of the logits when backward begins: their log-softmax, its gradient, and their own."""
+_HIDDEN = 4
+"""Copies of the hidden states in backward of a layer: the gradient that comes in, its own, and two in between."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step of local training.
+
+    Attributes:
+        sequences: Sequences of one forward pass.
+        length: Positions of each.
+        head_positions: Positions of each whose logits are computed.
+        micro_batches: Forward and backward passes per step.
+        checkpointing: Whether layers are run again in backward.
+    """
+
+    sequences: int
+    length: int
+    head_positions: int
+    micro_batches: int = 1
+    checkpointing: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """What training holds, in bytes.
+
+    Attributes:
+        weight_bytes: The frozen model as it is stored.
+        adapter_bytes: The adapter, float32.
+        optimizer_bytes: Adam's two moments, float32.
+        gradient_bytes: Gradients of one step, float32; of experts only where tokens went.
+        activation_bytes: What autograd keeps at most.
+        working_bytes: The most that gradients, activations and temporary tensors take together at one moment, which is
+            less than their sum: activations go as gradients come.
+    """
+
+    weight_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    gradient_bytes: int
+    activation_bytes: int
+    working_bytes: int
+
+    @property
+    def step_bytes(self) -> int:
+        """What training needs on top of the model."""
+        return self.adapter_bytes + self.optimizer_bytes + self.working_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.step_bytes
+
+    def json(self) -> dict[str, int]:
+        """Return the parts and the total."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+def training_memory(
+    model: SparseModel, adapter: Mapping[str, Tensor], step: Step, touched_LE: Tensor | None = None
+) -> TrainingMemory:
+    """Return what training an adapter holds at most, with the model's present K and under the caller's autocast.
+
+    Args:
+        model: The model, without an adapter; a few small forward passes are run on it.
+        adapter: The adapter's tensors.
+        step: The largest step.
+        touched_LE: Boolean (layers with experts, experts), experts that get tokens. None: in a step as many as a router
+            that chooses uniformly would reach on average, and all of them in the course of training.
+
+    Raises: ModelError if the adapter does not fit the model.
+    """
+    weights = total(memory_by_module(model.lm)).stored_bytes
+    with lora.attached(model, adapter, alpha=1.0) as attached:
+        saved = SavedBytes.count(model, attached.parameters)
+    reached = _reached(model, step) if touched_LE is None else touched_LE.double().mean(dim=1).tolist()
+    ever = [1.0] * model.num_layers if touched_LE is None else reached
+    gradients = _gradient_bytes(model, adapter, reached)
+    activations, working = _moments(model, step, saved, gradients)
+    return TrainingMemory(
+        weight_bytes=weights,
+        adapter_bytes=tensor_bytes(adapter),
+        optimizer_bytes=_ADAM_MOMENTS * sum(_gradient_bytes(model, adapter, ever)),
+        gradient_bytes=sum(gradients),
+        activation_bytes=activations,
+        working_bytes=working,
+    )
+
+
+def _moments(model: SparseModel, step: Step, saved: SavedBytes, gradients: Sequence[int]) -> tuple[int, int]:
+    """Return the most bytes of activations, and of activations, gradients and temporary tensors together."""
+    *layers, after = saved.parts(step.sequences, step.length)
+    hidden = step.sequences * step.length * model.shape.hidden * model.lm.dtype.itemsize
+    kept = [hidden if layer else 0 for layer in layers] if step.checkpointing else layers
+    below = list(accumulate(kept, initial=0))[:-1]
+    present = [under + layer for under, layer in zip(below, layers, strict=True)]
+    formed = list(accumulate(reversed(gradients)))[::-1]
+    beside = _HIDDEN * hidden + _expert_bytes(model, step)
+    logits = _LOGITS * step.sequences * step.head_positions * model.shape.vocabulary * _FLOAT32_BYTES
+    earlier = sum(gradients) if step.micro_batches > 1 else 0
+    backward_begins = sum(kept) + after + logits
+    layers_backward = max(here + grown + beside for here, grown in zip(present, formed, strict=True))
+    optimiser = sum(gradients)
+    return max(sum(kept) + after, *present), max(earlier + backward_begins, earlier + layers_backward, optimiser)
+
+
+def _reached(model: SparseModel, step: Step) -> list[float]:
+    """Return the share of experts that a router choosing uniformly reaches on average, for each layer that has them."""
+    tokens = step.sequences * step.length * step.micro_batches
+    return [1 - (1 - model.top_k / model.num_experts) ** tokens] * model.num_layers
+
+
+def _gradient_bytes(model: SparseModel, adapter: Mapping[str, Tensor], reached: Sequence[float]) -> list[int]:
+    """Return the gradients' bytes of each decoder layer."""
+    share = dict(zip((block.layer for block in model.blocks), reached, strict=True))
+    sizes = [0.0] * model.shape.num_layers
+    for name, tensor in adapter.items():
+        layer = lora.layer_of(name)
+        sizes[layer] += tensor.numel() * _FLOAT32_BYTES * (share[layer] if lora.is_expert(name) else 1)
+    return [round(size) for size in sizes]
+
+
+def _expert_bytes(model: SparseModel, step: Step) -> int:
+    """Return W: the tensors of one expert in backward, at an equal share of the rows."""
+    shape = model.shape
+    rows = step.sequences * step.length * model.top_k / shape.num_experts
+    return round(rows * (3 * shape.hidden + 7 * shape.expert_intermediate) * _FLOAT32_BYTES)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedBytes:
+    """What autograd keeps for backward, for any batch.
+
+    Attributes:
+        coefficients_PC: float64, rows are the decoder layers and then what comes after them, up to the head; columns
+            the terms of `_terms`.
+    """
+
+    coefficients_PC: Tensor
+
+    @staticmethod
+    def count(model: SparseModel, adapter: Mapping[str, Tensor]) -> SavedBytes:
+        """Count on the model as it stands: K set, under the caller's autocast, and with the adapter attached.
+
+        Args:
+            model: The model.
+            adapter: The attached adapter's own parameters, which are not counted.
+        """
+        batches = [(sequences, length) for sequences in _SEQUENCES for length in _LENGTHS]
+        terms_BC = torch.tensor([_terms(*batch) for batch in batches], dtype=torch.float64)
+        counts_BP = torch.tensor([count_saved(model, adapter, *batch) for batch in batches], dtype=torch.float64)
+        return SavedBytes(torch.linalg.solve(terms_BC, counts_BP).T)
+
+    def parts(self, sequences: int, length: int) -> tuple[int, ...]:
+        """Return the bytes of each decoder layer, from the first to the last, and then of what comes after them."""
+        terms_C = torch.tensor(_terms(sequences, length), dtype=torch.float64)
+        return tuple(round(value) for value in (self.coefficients_PC @ terms_C).tolist())
+
+
+def _terms(sequences: int, length: int) -> tuple[int, ...]:
+    """Return 1, L, L^2 and the same times B: positions and masks may or may not be kept for each sequence."""
+    powers = (1, length, length**2)
+    return *powers, *(sequences * power for power in powers)
+
+
+def count_saved(model: SparseModel, adapter: Mapping[str, Tensor], sequences: int, length: int) -> tuple[int, ...]:
+    """Run a forward pass without the head and return the bytes autograd keeps, as `SavedBytes.parts` does.
+
+    Tensors that share storage count once, where they are first kept; parameters and buffers do not. The last position
+    of each sequence is padding, so that there is a mask, as in most batches.
+    """
+    device = model.device
+    ids = torch.arange(2, sequences * length + 2, device=device).view(sequences, length) % model.shape.vocabulary
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0
+    saved = _Saved((*model.lm.parameters(), *model.lm.buffers(), *adapter.values()))
+    with torch.enable_grad(), saved.following(attrgetter(model.family.layers)(model.lm)):
+        model.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return tuple(saved.parts)
+
+
+@final
+class _Saved:
+    """Adds up what autograd saves, by the decoder layer that is running."""
+
+    def __init__(self, owned: Iterable[Tensor]) -> None:
+        """Leave out what is there anyway."""
+        self.parts: list[int] = []
+        self._owned = {tensor.untyped_storage().data_ptr() for tensor in owned}
+        self._seen: dict[int, Tensor] = {}
+
+    @contextmanager
+    def following(self, layers: nn.ModuleList) -> Iterator[None]:
+        """Follow one forward pass."""
+        self.parts = [0]
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._seen and storage.data_ptr() not in self._owned:
+                self._seen[storage.data_ptr()] = tensor  # alive, so that its address is not given to another
+                self.parts[-1] += storage.nbytes()
+            return tensor
+
+        def end(*_: Any) -> None:
+            self.parts.append(0)
+
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.callback(layer.register_forward_hook(end).remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+            yield
