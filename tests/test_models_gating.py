@@ -111,3 +111,8 @@ def test_phimoe_at_another_k_computes_the_mixers_picks(top_k: int) -> None:
         expected = mixed(row, top_k, router.router_jitter_noise)  # type: ignore[arg-type]
         assert index[token].tolist() == [expert for expert, _ in expected]
         assert weights[token].tolist() == pytest.approx([weight for _, weight in expected], rel=1e-4)
+
+
+def test_even_a_tiny_mass_is_brought_to_the_wanted_one() -> None:
+    found = with_mass(torch.tensor([[3e-20, 1e-20]]), 2.0)
+    assert found[0].tolist() == pytest.approx([1.5, 0.5])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from emberfed.models.matmul import hasten, times
+from emberfed.models.matmul import hasten, kernel_rows, times
 
 LARGE = (600, 512)
 
@@ -52,3 +52,22 @@ def test_small_layers_keep_their_bits() -> None:
     wanted = model(x)
     hasten(model)
     assert torch.equal(model(x), wanted)
+
+
+def test_autocast_and_other_kinds_of_layers_are_left_alone() -> None:
+    class Own(nn.Linear):
+        """A layer that may do more than a product."""
+
+    frozen, own = nn.Linear(512, 640), Own(512, 640)
+    hasten(nn.Sequential(frozen, own))
+    x = random(600, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen(x).dtype == torch.bfloat16
+    own(x).sum().backward()
+    assert own.weight.grad is not None
+
+
+def test_few_numbers_of_rows_are_really_computed() -> None:
+    assert [kernel_rows(rows) for rows in (1, 8, 15, 17, 33, 64, 65, 1000)] == [1, 8, 15, 18, 36, 64, 72, 1024]
+    assert all(rows <= kernel_rows(rows) <= rows * 9 / 8 for rows in range(1, 5000))
+    assert len({kernel_rows(rows) for rows in range(1, 4097)}) == 80

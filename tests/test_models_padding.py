@@ -89,3 +89,16 @@ def test_layers_run_again_for_checkpointing_see_the_padding_of_their_own_pass() 
     assert set(again) == set(start)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_embeddings_in_place_of_ids_with_a_cache() -> None:
+    model = tiny_model()
+    ids, mask = token_ids(2, 6), torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    rows: list[int] = []
+    hook = model.blocks[0].experts.register_forward_hook(lambda _, args, __: rows.append(int((args[1] < 8).sum())))
+    embedded = model.lm.get_input_embeddings()(ids)
+    with torch.no_grad():
+        first = model.lm(inputs_embeds=embedded[:, :4], attention_mask=mask[:, :4], use_cache=True)
+        model.lm(inputs_embeds=embedded[:, 4:], attention_mask=mask, past_key_values=first.past_key_values)
+    hook.remove()
+    assert rows == [5 * 2, 4 * 2]

@@ -309,3 +309,14 @@ def test_real_model_loses_quality_as_k_falls(shared: Path) -> None:
         assert counter.counts.sum(1).tolist() == [ids.numel() * top_k] * 4
     assert losses == sorted(losses)
     assert losses[2] > losses[0] + 0.2
+
+
+def test_rescaling_by_mass_leaves_the_router_at_the_active_k() -> None:
+    """It asks the router for its native K in between; the next pass must not notice."""
+    model = tiny_model()
+    router = model.blocks[0].router
+    hidden = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), model.active_experts(1, rescale="mass"):
+        first, second = router(hidden), router(hidden)
+    assert second[2].shape == (9, 1)
+    assert torch.equal(first[1], second[1])

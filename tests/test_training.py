@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -269,6 +270,23 @@ def test_bf16_autocast_trains_close_to_fp32(model: SparseModel, start: dict[str,
     moved = [name for name in plain if name.endswith("lora_B")]
     agreement = [float(F.cosine_similarity(plain[name].flatten(), mixed[name].flatten(), dim=0)) for name in moved]
     assert min(agreement) > 0.6
+
+
+def test_the_balance_loss_is_averaged_over_micro_batches() -> None:
+    """Four times the same example: in one batch, or one by one, must be the same step."""
+    model = tiny_model()
+    start = lora.initial(model, lora.LoraConfig(rank=2, alpha=4), SEEDS.torch("adapter"))
+    one = shard(1)
+    options: dict[str, Any] = {
+        "data": replace(one, examples=one.examples * 4),
+        "router_aux_loss_coef": 5.0,
+        "max_grad_norm": None,
+        "epsilon": 1e-3,
+    }
+    whole, _ = trained(model, start, **options)
+    parts, _ = trained(model, start, micro_batch_size=1, **options)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=2e-4)
 
 
 def test_the_golden_trajectory() -> None:

@@ -59,8 +59,9 @@ class TrainableGroups:
         """Give each expert its slice of the stacked gradient, or None where it saw no real token since the last step.
 
         Args:
-            touched_LE: Boolean (layers, experts): the expert got at least one real token since the last step. Experts
-                that padding alone was sent to have a gradient, of zeros, which an optimiser with momentum would follow.
+            touched_LE: Boolean (layers, experts): the expert got at least one real token since the last step. Where a
+                mask does not say what is padding, an expert may have a gradient of zeros from it alone, which an
+                optimiser with momentum would follow.
 
         Returns:
             All gradients: of the dense parameters, and of each stacked tensor (experts with rows, ...). The experts'
