@@ -109,7 +109,7 @@ def test_missing_weights_are_not_invented(folder: Path) -> None:
 def test_weights_of_another_shape(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 65}))
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+    with pytest.raises(ModelError, match="2 weights have another shape .* first is .lm_head.weight") as caught:
         load(ModelConfig(path=str(folder)))
     assert "\n" not in str(caught.value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -45,6 +44,8 @@ def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
     """
     path = model_path(config)
     device = _device(config.device)
+    if config.revision is not None and Path(path).is_dir():
+        raise ModelError(f"model.revision {config.revision!r} is of hub ids only, and model.path {path} is a folder")
     with _reading(path, "model"), _quietly():
         where: dict[str, Any] = {
             "local_files_only": Path(path).is_dir(),
@@ -53,20 +54,73 @@ def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
         }
         found = AutoConfig.from_pretrained(path, **where)  # before gigabytes of weights are read
         family_of(found)
+        _check_stored_formats(Path(path), found)
         if config.expert_bits is not None:
             where["quantization_config"] = _quantisation(found, config.expert_bits)
-        lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, output_loading_info=True, **where)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(f"model {path}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]!r}")
-    broken = next((name for name, weight in lm.named_parameters() if not bool(torch.isfinite(weight).all())), None)
-    if broken is not None:
-        raise ModelError(f"model {path}: weight {broken!r} holds values that are not finite; the checkpoint is damaged")
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=config.dtype, output_loading_info=True, ignore_mismatched_sizes=True, **where
+        )
+        _check_whole(info)
+        _check_finite(lm)
     _let_go_of_files(lm)
     _return_freed_memory()
     # A checkpoint's own penalties and beams would change greedy answers without anybody seeing why.
     lm.generation_config = GenerationConfig()
     return SparseModel(lm.to(device)), load_tokenizer(config)
+
+
+_UNDERSTOOD_QUANTISATION = "mxfp4"
+"""GPT-OSS comes so, and transformers restores it exactly; the other formats it restores wrongly or not at all here."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def _check_stored_formats(path: Path, found: Any) -> None:
+    """Check, where the files are at hand, that weights are stored as plain numbers, or in the one understood way.
+
+    transformers would cast codes to numbers without a word.
+    """
+    settings = getattr(found, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        if method != _UNDERSTOOD_QUANTISATION:
+            raise ModelError(
+                f"its checkpoint is quantised ({method or settings}); give one in 16 or 32 bits, and set "
+                f"model.expert_bits to hold its experts in fewer"
+            )
+        return
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else ():
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                stored = tensors.get_slice(name).get_dtype()
+                if stored not in _FLOATS:
+                    raise ModelError(
+                        f"weight {name!r} is stored as {stored}, but config.json says of no quantisation; expected "
+                        f"{', '.join(_FLOATS)}"
+                    )
+
+
+def _check_whole(info: Mapping[str, Any]) -> None:
+    """Check what transformers says of loading: every weight found, none left over, none of another shape."""
+    for key, what in (
+        ("missing_keys", "weights are not in the checkpoint"),
+        ("unexpected_keys", "tensors of the checkpoint have no place in the model its config.json describes"),
+        ("mismatched_keys", "weights have another shape than config.json says"),
+        ("conversion_errors", "weights could not be put together from the checkpoint's"),
+    ):
+        found = info.get(key) or ()
+        names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in found)
+        if names:
+            raise ModelError(f"{len(names)} {what}, the first is {names[0]!r}; the checkpoint is damaged or incomplete")
+
+
+def _check_finite(lm: nn.Module) -> None:
+    for name, tensor in (*lm.named_parameters(), *lm.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"weight {name!r} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}; the "
+                f"checkpoint is damaged, or its numbers are too large for this model.dtype"
+            )
 
 
 @contextmanager
@@ -153,9 +207,19 @@ def _reading(path: str, what: str) -> Iterator[None]:
         yield
     except ModelError as error:
         raise ModelError(f"{what} {path}: {error}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{what} {path} cannot be loaded: {reason}") from error
+    except Exception as error:  # whatever libraries raise over files that are not what they should be
+        raise ModelError(f"{what} {path} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return one line; libraries write pages, and some say nothing but a name."""
+    told = " ".join(str(error).split())
+    if "automatic conversion" in told:  # the report it names is among the warnings that were silenced
+        return "the weights of some layer's experts do not go together; one has another shape, or is damaged"
+    if len(told) > 400:
+        told = f"{told[:400]}..."
+    plain = isinstance(error, OSError | RuntimeError) or (isinstance(error, ValueError) and told)
+    return told if plain and told else f"{type(error).__name__}: {told}"
 
 
 @contextmanager

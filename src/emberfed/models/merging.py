@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from emberfed.errors import ModelError, StorageError
 from emberfed.models.expert_weights import ExpertWeights
@@ -62,6 +63,9 @@ def write_checkpoint(model: SparseModel, tokenizer: PreTrainedTokenizerBase, fol
     """
     # Loading forgets the checkpoint's generation defaults; without them a merged model would not know where to stop.
     model.lm.generation_config = _generation_config(model)
+    # A base restored from fewer bits would be written as the pieces it was read from, without being in their format.
+    model.lm._weight_conversions = get_model_conversion_mapping(model.lm)
+    model.lm.config.__dict__.pop("quantization_config", None)
     try:
         with _without_bars():
             model.lm.save_pretrained(folder)

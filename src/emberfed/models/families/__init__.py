@@ -60,8 +60,18 @@ def no_groups(_: Any) -> None:
 
 
 def group_limit(config: Any) -> GroupLimit:
-    """Read `n_group` and `topk_group`, as the DeepSeek-V3 family names them."""
-    return GroupLimit(config.topk_group, config.n_group, config.n_routed_experts // config.n_group)
+    """Read `n_group` and `topk_group`, as the DeepSeek-V3 family names them.
+
+    Raises: ModelError if they do not divide the experts, or keep more groups than there are.
+    """
+    experts, groups, kept = config.n_routed_experts, config.n_group, config.topk_group
+    whole = all(isinstance(number, int) and number >= 1 for number in (experts, groups, kept))
+    if not whole or experts % groups or kept > groups:
+        raise ModelError(
+            f"config.json says n_group {groups}, topk_group {kept} and n_routed_experts {experts}; expected n_group to "
+            f"divide n_routed_experts, and topk_group from 1 to n_group"
+        )
+    return GroupLimit(kept, groups, experts // groups)
 
 
 @final
