@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from federations import bits, config
 
 import emberfed
 from emberfed import events
-from emberfed.errors import ConfigError, ModelError, RoundFailed, RunFolderError
+from emberfed.errors import ConfigError, EmberfedError, RoundFailed, RunFolderError
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +189,63 @@ def test_one_run_is_one_experiment(reference: Path, tmp_path: Path) -> None:
     assert bits(run.path) == bits(reference)
 
 
-def test_a_model_the_adapter_does_not_fit_is_told_in_one_line(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "differ"),
+    [
+        ({"hidden_size": 48}, "parameters, sha256"),
+        ({"seed": 1}, "sha256"),
+        ({"num_experts_per_tok": 3}, "native_top_k"),
+    ],
+)
+def test_another_base_model_is_noticed(
+    overrides: dict[str, int], differ: str, reference: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """Other sizes, the same sizes with other weights, or the same weights read in another way."""
     run = emberfed.run(reference / "config.yaml", overrides=["training.rounds=1"], output=tmp_path / "run")
-    other = save_tiny_model(tmp_path / "wider", hidden_size=48)
+    before = bits(run.path)
     values = yaml.safe_load((run.path / "config.yaml").read_text())
-    values["model"]["path"] = str(other)
-    (run.path / "config.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ModelError, match=r"adapter tensor '.*' has shape .*; expected"):
+
+    def resume_on(folder: Path) -> None:
+        values["model"]["path"] = str(folder)
+        (run.path / "config.yaml").write_text(yaml.safe_dump(values))
         emberfed.resume(run.path, rounds=2)
+
+    other = save_tiny_model(tmp_path / "other", **overrides)
+    with pytest.raises(RunFolderError, match=rf"base model is not the one .* began with \({differ} differ\)"):
+        resume_on(other)
+    with pytest.raises(RunFolderError, match="base model is not the one"):
+        emberfed.evaluate(run.path)
+    assert bits(run.path) == before
+    resume_on(Path(shutil.copytree(tiny_model_folder, tmp_path / "moved")))  # the same model in another place will do
+
+
+def test_an_adapter_that_cannot_be_made_leaves_no_run_behind(
+    tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    values = config(tiny_model_folder, tiny_data, adapter={"rank": 2, "alpha": 4, "shared_experts": True})
+    with pytest.raises(EmberfedError, match="shared"):
+        emberfed.run(values, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "a\0b"])
+def test_names_no_folder_can_have(name: str, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="cannot be a folder"):
+        emberfed.run(config(tiny_model_folder, tiny_data), output=tmp_path / name)
+
+
+@pytest.mark.parametrize("top_k", [[0], [1.5], []])
+def test_impossible_numbers_of_experts_to_evaluate_at(top_k: Any, reference: Path) -> None:
+    with pytest.raises(ConfigError, match="expected whole numbers from 1"):
+        emberfed.evaluate(reference, top_k=top_k)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000])
+def test_a_damaged_run_record(text: str, reference: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(reference, tmp_path / "run"))
+    (folder / "run.json").write_text(text)
+    with pytest.raises(RunFolderError, match="run.json"):
+        emberfed.resume(folder)
 
 
 def test_a_model_that_overflows_is_told_and_the_run_goes_on(

@@ -54,7 +54,7 @@ def run(
         EmberfedError: one of its kinds; whatever was finished is on disk and `resume` goes on from it.
     """
     checked = _config(source, overrides)
-    path = Path(output) if output is not None else free_path(checked, source)
+    path = (Path(output) if output is not None else free_path(checked, source)).absolute()
     check_free(path)
     with cpu_threads(checked.model.threads):
         material = assembly.gather(checked)
@@ -101,6 +101,8 @@ def evaluate(
     """
     folder = RunFolder.open(Path(path))
     checked = config.load(folder.path / "config.yaml")
+    if top_k is not None and not (top_k and all(isinstance(k, int) and k >= 1 for k in top_k)):
+        raise ConfigError(f"top_k {list(top_k)}: expected whole numbers from 1, such as [1, 2, 4, 8]")
     if not folder.rounds():
         raise RunFolderError(f"{path} holds no whole round yet; go on with `emberfed resume {path}`")
     with _reopened(folder, checked) as material:
@@ -208,6 +210,7 @@ def _reopened(folder: RunFolder, checked: RunConfig) -> Iterator[assembly.Materi
     with folder.locked(), cpu_threads(checked.model.threads):
         material = assembly.gather(checked)
         assembly.check_same_data(folder, material)
+        assembly.check_same_model(folder, material.model)
         yield material
 
 

@@ -25,6 +25,7 @@ from emberfed.data.loading import Corpus, load
 from emberfed.data.partition import Partition, partition
 from emberfed.data.tokenise import Shard, check_vocabulary, tokenise
 from emberfed.errors import RunFolderError
+from emberfed.models.fingerprint import fingerprint
 from emberfed.models.loading import load as load_model
 from emberfed.models.sparse_model import SparseModel
 from emberfed.records import Json
@@ -70,7 +71,12 @@ def gather(config: RunConfig) -> Material:
 
 
 def start(config: RunConfig, path: Path, material: Material) -> RunFolder:
-    """Make the run folder. Raises: RunFolderError, StorageError."""
+    """Make the run folder, once the method has shown that it can begin.
+
+    Raises: RunFolderError, StorageError; ConfigError or ModelError if the adapter cannot be made.
+    """
+    method = config.method_type(config.method, config.adapter, Trainer(config.training))
+    method.init(material.model, Seeds(config.seed).at(purpose="init"))
     return RunFolder.create(path, config.yaml(), describe(config, path.name, material), partition_record(material))
 
 
@@ -83,12 +89,24 @@ def check_same_data(folder: RunFolder, material: Material) -> None:
         )
 
 
+def check_same_model(folder: RunFolder, model: SparseModel) -> None:
+    """Check that the base model is the one the run began with. Raises: RunFolderError naming what differs."""
+    began, now = folder.read_object("run.json").get("model"), _identity(model)
+    recorded = began if isinstance(began, dict) else {}
+    changed = [key for key, value in now.items() if recorded.get(key) != value]
+    if changed:
+        raise RunFolderError(
+            f"the base model is not the one {folder.path} began with ({', '.join(changed)} differ); put it back, or "
+            f"start a new run"
+        )
+
+
 def check_same_settings(folder: RunFolder, config: RunConfig) -> None:
     """Check that config.yaml still says what the run began with, but for what may change.
 
     Raises: RunFolderError naming the keys that differ.
     """
-    began, now = folder.read_json("run.json").get("settings", {}), fixed_settings(config)
+    began, now = folder.read_object("run.json").get("settings", {}), fixed_settings(config)
     changed = sorted(key for key in {*began, *now} if began.get(key) != now.get(key))
     if changed:
         raise RunFolderError(
@@ -143,6 +161,19 @@ def federate(
     )
 
 
+def _identity(model: SparseModel) -> dict[str, Json]:
+    """Return what tells one base model from another."""
+    shape = model.shape
+    return {
+        "family": model.family.model_type,
+        "parameters": shape.parameters,
+        "layers": shape.num_layers,
+        "num_experts": shape.num_experts,
+        "native_top_k": shape.native_top_k,
+        "sha256": fingerprint(model.lm),
+    }
+
+
 def partition_record(material: Material) -> dict[str, Json]:
     """Return what partition.json keeps: who got which rows, and what they hold."""
     digests = {id_: shard.digest() for id_, shard in material.shards.items()}
@@ -155,7 +186,6 @@ def partition_record(material: Material) -> dict[str, Json]:
 
 def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json]:
     """Return what run.json keeps: versions, seeds, hardware, model, data, tiers, the method's paper."""
-    shape = material.model.shape
     share = {tier.name: tier.share for tier in config.clients.tiers}
     return {
         "name": name,
@@ -170,14 +200,7 @@ def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json
         },
         "versions": versions(),
         "hardware": hardware(),
-        "model": {
-            "path": config.model.path,
-            "family": material.model.family.model_type,
-            "parameters": shape.parameters,
-            "layers": shape.num_layers,
-            "num_experts": shape.num_experts,
-            "native_top_k": shape.native_top_k,
-        },
+        "model": {"path": config.model.path, **_identity(material.model)},
         "data": material.inspection.totals_json(),
         "settings": fixed_settings(config),
         "tiers": [

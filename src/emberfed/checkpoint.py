@@ -210,12 +210,27 @@ class RunFolder:
         """Read one of the run's JSON files. Raises: RunFolderError."""
         try:
             return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{self.path / name} cannot be read: {error}") from None
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """Read one of the run's JSON files that holds an object. Raises: RunFolderError."""
+        found = self.read_json(name)
+        if not isinstance(found, dict):
+            raise RunFolderError(f"{self.path / name} holds no JSON object; the file is damaged")
+        return found
+
+
+_LONGEST_NAME_BYTES = 200
 
 
 def check_free(path: Path) -> None:
-    """Check that a run may start in `path`. Raises: RunFolderError if something is there."""
+    """Check that a folder may be made at `path`. Raises: RunFolderError if something is there, or no folder can be."""
+    if len(path.name.encode()) > _LONGEST_NAME_BYTES or "\0" in str(path):
+        raise RunFolderError(
+            f"{str(path)[:80]!r}... cannot be a folder: a name has at most {_LONGEST_NAME_BYTES} bytes and no NUL; "
+            f"give another --output"
+        )
     try:
         holds_run = (path / "config.yaml").exists()
     except OSError as error:
@@ -224,7 +239,7 @@ def check_free(path: Path) -> None:
         raise RunFolderError(
             f"{path} already holds a run; go on with it (`emberfed resume {path}`), or give another --output"
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise RunFolderError(f"{path} exists and is not an empty folder; give another --output")
 
 
