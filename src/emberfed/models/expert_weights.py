@@ -8,10 +8,14 @@ Shapes: N rows, D hidden, F expert hidden, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, final
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
 
 from emberfed.errors import ModelError
 from emberfed.models.quantised import QuantisedWeight
@@ -52,6 +56,13 @@ class ExpertWeights:
         self._experts: Any = experts
         self._dtype = dtype
         self.num_experts = experts.num_experts
+        plain_gate = type(experts)._apply_gate is _default_apply_gate and experts.is_concatenated
+        self._is_silu = plain_gate and isinstance(getattr(experts, "act_fn", None), (nn.SiLU, SiLUActivation))
+        self._stacks = {
+            name: stored.detach() if experts.is_transposed else stored.detach().transpose(1, 2)
+            for name in ("gate_up_proj", "down_proj")
+            if isinstance(stored := getattr(experts, name), torch.Tensor)
+        }
 
     @property
     def gate_up_size(self) -> int:
@@ -104,12 +115,32 @@ class ExpertWeights:
         inner: torch.Tensor = self._experts._apply_gate(gate_up_N2F)
         return inner
 
+    def gate_with_gradient(
+        self, gate_up_N2F: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return what `gate` does, and the function that takes its gradient back to gate and up.
+
+        Written out for silu(gate) * up, which nearly all families use: for few rows autograd costs more than the maths.
+        """
+        if self._is_silu:
+            gate_NF, up_NF = self.half("gate_proj", gate_up_N2F), self.half("up_proj", gate_up_N2F)
+            active_NF = F.silu(gate_NF)
+
+            def written_out(dinner_NF: torch.Tensor) -> torch.Tensor:
+                dgate_NF = torch.ops.aten.silu_backward(dinner_NF * up_NF, gate_NF)
+                return torch.cat([dgate_NF, dinner_NF * active_NF], dim=-1)
+
+            return active_NF * up_NF, written_out
+
+        leaf_N2F = gate_up_N2F.detach().requires_grad_()
+        with torch.enable_grad():
+            inner_NF = self.gate(leaf_N2F)
+        return inner_NF.detach(), lambda dinner_NF: torch.autograd.grad(inner_NF, leaf_N2F, dinner_NF)[0]
+
     def _matrix(self, name: str, expert: int) -> torch.Tensor:
-        stored = getattr(self._experts, name)
-        if isinstance(stored, QuantisedWeight):
-            matrix = stored.expert(expert, self._dtype)
-        else:
-            matrix = stored.detach()[expert].to(self._dtype)
+        if name in self._stacks:
+            return self._stacks[name][expert].to(self._dtype)
+        matrix: torch.Tensor = getattr(self._experts, name).expert(expert, self._dtype)
         return matrix if self._experts.is_transposed else matrix.t()
 
     def _bias(self, name: str, expert: int) -> torch.Tensor | None:
@@ -117,10 +148,10 @@ class ExpertWeights:
         return None if biases is None else biases[expert]
 
     def _stack(self, name: str) -> torch.Tensor:
-        stored = getattr(self._experts, name)
-        whole = stored.dequantised(self._dtype) if isinstance(stored, QuantisedWeight) else stored.detach()
-        stack: torch.Tensor = whole.to(self._dtype)
-        return stack if self._experts.is_transposed else stack.transpose(1, 2)
+        if name in self._stacks:
+            return self._stacks[name].to(self._dtype)
+        whole: torch.Tensor = getattr(self._experts, name).dequantised(self._dtype)
+        return whole if self._experts.is_transposed else whole.transpose(1, 2)
 
     def _biases(self, name: str) -> torch.Tensor | None:
         if not self._experts.has_bias:

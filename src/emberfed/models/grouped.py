@@ -77,10 +77,7 @@ def backward(
             factors[matrix, side] = sparse_over_experts(scaled.contiguous(), used_U, len(offsets_E))
 
     dout_SD = dout_TD[dispatch.token_S]
-    pre_S2F = kept.pre_S2F.detach().requires_grad_()
-    with torch.enable_grad():
-        inner_SF = weights.gate(pre_S2F)
-    value_SF = inner_SF.detach()
+    value_SF, to_pre = weights.gate_with_gradient(kept.pre_S2F)
     dinner_SF = _product(dout_SD, weights.down_stack().transpose(1, 2), offsets_E)
     if OUTPUT_SIDE in lora:
         dlow_SR = _product(dout_SD, lora[OUTPUT_SIDE].b_EOR, offsets_E)
@@ -93,7 +90,7 @@ def backward(
         dgates_S += torch.linalg.vecdot(dout_SD.float(), _rows(biases_ED, dispatch).float())
     dgates_P = torch.zeros_like(gates_P).index_copy_(0, dispatch.pair_S, dgates_S.to(gates_P.dtype))
 
-    (dpre_S2F,) = torch.autograd.grad(inner_SF, pre_S2F, dinner_SF.mul_(gate_S1))
+    dpre_S2F = to_pre(dinner_SF.mul_(gate_S1))
     dx_SD = _product(dpre_S2F, weights.gate_up_stack().transpose(1, 2), offsets_E) if wants_input else None
     x_SD = hidden_TD[dispatch.token_S]
     for matrix in INPUT_SIDE:

@@ -86,10 +86,7 @@ def backward(
     for row, (expert, rows) in enumerate(groups):
         token_N, pair_N = dispatch.token_S[rows], dispatch.pair_S[rows]
         dout_ND, gate_N1 = dout_TD[token_N], gates_P[pair_N].unsqueeze(1)
-        pre_N2F = kept.pre_S2F[rows].requires_grad_()
-        with torch.enable_grad():
-            inner_NF = weights.gate(pre_N2F)
-        value_NF = inner_NF.detach()
+        value_NF, to_pre = weights.gate_with_gradient(kept.pre_S2F[rows])
 
         dinner_NF = times(dout_ND, weights.down(expert).t())
         if OUTPUT_SIDE in lora:
@@ -101,7 +98,7 @@ def backward(
         bias_D = weights.down_bias(expert)
         dgates_P[pair_N] = dgates_N if bias_D is None else dgates_N + dout_ND @ bias_D
 
-        (dpre_N2F,) = torch.autograd.grad(inner_NF, pre_N2F, dinner_NF.mul_(gate_N1))
+        dpre_N2F = to_pre(dinner_NF.mul_(gate_N1))
         dlow = _input_side(layer, expert, row, gradients, hidden_TD[token_N], dpre_N2F, kept, rows)
         if dhidden_TD is not None:
             dx_ND = times(dpre_N2F, weights.gate_up(expert).t())
