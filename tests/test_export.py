@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, save_tiny_family, token_ids
-from commands import invoke
+import yaml
+from builders import FAMILY_VARIANTS, save_tiny_family, save_tiny_model, token_ids
+from commands import invoke, start
 from federations import config as federation
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import emberfed
-from emberfed.errors import ConfigError, ModelError, RunFolderError, StorageError
+from emberfed.errors import ConfigError, Interrupted, ModelError, RunFolderError, StorageError
 from emberfed.models import lora, merging, peft_layout
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import load
@@ -224,6 +228,61 @@ def test_nothing_is_overwritten_or_left_behind(run_folder: Path, tmp_path: Path)
     assert {path.name for path in tmp_path.rglob("*")} == {"taken", "note.txt"}
 
 
+def test_into_the_working_folder(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with contextlib.chdir(tmp_path / "here"):
+        written = emberfed.export(run_folder, output=".")
+    assert written == tmp_path / "here"
+    assert (tmp_path / "here" / peft_layout.TENSORS_FILE).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_places_where_no_folder_can_be(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    places = {
+        tmp_path / "link": "exists and is not an empty folder",
+        tmp_path / ("x" * 300): "cannot be a folder",
+        tmp_path / ("x" * 300) / "below": "cannot be a folder",
+        tmp_path / "nul\0": "cannot be a folder",
+    }
+    for place, message in places.items():
+        with pytest.raises(RunFolderError, match=message) as raised:
+            emberfed.export(run_folder, output=place, format="merged")
+        assert "\n" not in str(raised.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "link"}
+
+
+def test_not_among_the_rounds_of_a_run(run_folder: Path, tmp_path: Path) -> None:
+    before = sorted(run_folder.rglob("*"))
+    (tmp_path / "link").symlink_to(run_folder / "rounds")
+    for place in (run_folder / "rounds" / "0003", run_folder / "rounds" / "a" / "b", tmp_path / "link" / "0003"):
+        with pytest.raises(ConfigError, match="lies among the rounds of the run"):
+            emberfed.export(run_folder, output=place)
+    assert sorted(run_folder.rglob("*")) == before
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="lies among the rounds of the run"):
+        emberfed.export(run_folder, output=tmp_path / "begun" / "rounds")
+    assert emberfed.export(run_folder, output=tmp_path / "rounds" / "1").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_export_leaves_nothing(run_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = start("export", run_folder, "--output", tmp_path / "new", "--format", "merged")
+    while not any(tmp_path.iterdir()):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    if (tmp_path / "new").exists():  # the signal came too late, when all was written
+        assert [path.name for path in tmp_path.iterdir()] == ["new"]
+        AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+        return
+    assert process.returncode == Interrupted.exit_code
+    assert (out, err) == ("", "emberfed: stopped\n")
+    assert not list(tmp_path.iterdir())
+
+
 def copied(run: Path, target: Path) -> Path:
     for path in run.rglob("*"):
         if path.is_file() and "final" not in path.parts:
@@ -268,3 +327,13 @@ def test_command(run_folder: Path, tmp_path: Path) -> None:
     assert "not an empty folder" in json.loads(refused.stdout)["error"]
     assert invoke("export", run_folder, "--output", tmp_path / "c", "--format", "onnx").exit_code == 2
     assert "Example: emberfed export" in invoke("export", "--help").stdout
+
+
+def test_merging_onto_another_base_is_refused(run_folder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["model"]["path"] = str(save_tiny_model(tmp_path / "other", seed=1))
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(RunFolderError, match=r"base model is not the one .* \(sha256 differ\)"):
+        emberfed.export(run, output=tmp_path / "merged", format="merged")
+    assert not (tmp_path / "merged").exists()

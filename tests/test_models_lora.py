@@ -124,6 +124,30 @@ def test_config_covers_what_it_says() -> None:
         validate(LoraConfig, {"rank": 0}, "adapter")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 65537}, "'adapter.rank': .* less than or equal to 65536"),
+        ({"rank": 10**19}, "'adapter.rank': .* less than or equal to 65536"),
+        ({"alpha": math.inf}, "'adapter.alpha': .* finite"),
+        ({"alpha": math.nan}, "'adapter.alpha': .* finite"),
+        ({"alpha": 1e300}, "'adapter.alpha': .* less than or equal to 1000000"),
+        ({"alpha": 1e-300}, r"'adapter.alpha': .* greater than or equal to 0\.000001"),
+    ],
+)
+def test_sizes_no_adapter_has(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(LoraConfig, values, "adapter")
+
+
+def test_an_adapter_larger_than_the_memory() -> None:
+    with torch.device("meta"):
+        model = tiny_model(hidden_size=2**20, num_attention_heads=4, num_experts=4096)
+    config = LoraConfig(rank=65536, attention=False)
+    with pytest.raises(ConfigError, match=r"adapter\.rank 65536 makes an adapter of [\d,]+ GB, but this machine has"):
+        initial(model, config)
+
+
 def test_names() -> None:
     assert lora.layer_of("layers.12.experts.up_proj.lora_A") == 12
     assert lora.is_expert("layers.1.experts.up_proj.lora_A")

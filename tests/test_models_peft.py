@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-import safetensors.torch
 import torch
 from builders import FAMILY_VARIANTS, save_tiny_family, token_ids
 from peft import LoraConfig as PeftLoraConfig
@@ -325,95 +322,6 @@ def test_what_cannot_be_written(model: SparseModel) -> None:
         peft_layout.to_files(only(adapter(model, LoraConfig(router=True)), "router"), ALPHA, model)
     with pytest.raises(ModelError, match="has no place"):
         peft_layout.to_files({"layers.7.router.weight": torch.zeros(8, 32)}, ALPHA, model)
-
-
-def edited(
-    folder: Path, config: dict[str, Any] | None = None, tensors: Callable[[Tensors], Tensors] | None = None
-) -> Path:
-    """Change a written adapter."""
-    path = folder / peft_layout.CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
-    if tensors:
-        file = folder / peft_layout.TENSORS_FILE
-        safetensors.torch.save_file(tensors(safetensors.torch.load_file(file)), file)
-    return folder
-
-
-LAYER = "base_model.model.model.layers.0"
-INNER = f"{LAYER}.mlp.experts.base_layer.lora"
-REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], Tensors] | None, str]] = {
-    "other method": ({"peft_type": "IA3"}, None, "not the configuration of a LoRA"),
-    "dora": ({"use_dora": True}, None, "use_dora is not supported; only plain and rank-stabilised LoRA are"),
-    "pissa": ({"init_lora_weights": "pissa_niter_4"}, None, "'pissa_niter_4' changes the base model"),
-    "rank": ({"r": 7}, None, r"layers\.0\.experts\.gate_up_proj: lora_A .* are not of rank 7 for 8 experts"),
-    "attention's rank": ({"rank_pattern": {"q_proj": 5, "down_proj": 3}}, None, r"are not of rank"),
-    "targets": ({"target_parameters": ["mlp.experts.down_proj"]}, None, "do not go with target_parameters"),
-    "no targets": ({"target_parameters": None}, None, "do not go with target_parameters None"),
-    "head": (
-        {},
-        lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(1)},
-        "lm_head.* has no place in this olmoe",
-    ),
-    "norm": (
-        {},
-        lambda t: t | {f"{LAYER}.norm.lora_{x}.weight": torch.zeros(3, 3) for x in "AB"},
-        r"layers\.0\.norm.* has no place in this olmoe model; adapters are LoRA on attention",
-    ),
-    "bigger model": (
-        {},
-        lambda t: t | {f"{LAYER[:-1]}9.self_attn.q_proj.lora_{x}.weight": torch.zeros(3, 3) for x in "AB"},
-        r"layers\.9\.self_attn.* has no place in this olmoe model.*did you mean",
-    ),
-    "wider model": (
-        {},
-        lambda t: t | {f"{LAYER}.self_attn.q_proj.lora_A.weight": torch.zeros(3, 31)},
-        r"'layers\.0\.self_attn\.q_proj\.lora_A' has shape \(3, 31\); expected \(3, 32\)",
-    ),
-    "older transformers": (
-        {},
-        lambda t: t | {f"{LAYER}.mlp.experts.3.up_proj.lora_{x}.weight": torch.zeros(3, 3) for x in "AB"},
-        "LoRA on a single expert's module, as in older transformers; open the adapter with PeftModel",
-    ),
-    "a bias of the router": (
-        {},
-        lambda t: t | {f"{LAYER}.mlp.gate.bias": torch.zeros(8)},
-        "of routers only the weight can be trained",
-    ),
-    "no lora_B": ({}, lambda t: {k: v for k, v in t.items() if k != f"{INNER}_B.weight"}, "no lora_B beside it"),
-    "no lora_A": ({}, lambda t: {k: v for k, v in t.items() if k != f"{INNER}_A.weight"}, "no lora_A beside it"),
-    "not finite": (
-        {},
-        lambda t: t | {f"{INNER}_B.weight": t[f"{INNER}_B.weight"] / 0},
-        r"base_layer\.lora_B\.weight' holds values that are not finite",
-    ),
-    "empty": ({}, lambda t: {}, "no LoRA in it"),
-    "old PEFT": ({"peft_version": "0.17.1"}, None, r"was written by PEFT 0\.17\.1, but only .* PEFT 0\.21 is tested"),
-    "new PEFT": ({"peft_version": "0.22.0.dev0"}, None, r"was written by PEFT 0\.22\.0\.dev0, but only"),
-    "very old PEFT": ({"peft_version": None}, None, "was written by PEFT of an unknown version, but only"),
-}
-
-
-@pytest.mark.parametrize(("config", "tensors", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_read(
-    model: SparseModel,
-    tmp_path: Path,
-    config: dict[str, Any],
-    tensors: Callable[[Tensors], Tensors] | None,
-    message: str,
-) -> None:
-    folder = write(peft_layout.to_files(adapter(model, LoraConfig(rank=3, router=True)), ALPHA, model), tmp_path)
-    with pytest.raises(ModelError, match=message) as raised:
-        peft_layout.from_peft(edited(folder, config, tensors), model)
-    assert str(folder) in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_unreadable_folders(model: SparseModel, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="not a readable PEFT adapter"):
-        peft_layout.from_peft(tmp_path, model)
-    write({peft_layout.CONFIG_FILE: b"{}", peft_layout.TENSORS_FILE: b"nonsense"}, tmp_path)
-    with pytest.raises(ModelError, match="not a readable PEFT adapter"):
-        peft_layout.from_peft(tmp_path, model)
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.21.3.dev0", "0.21"])

@@ -1,4 +1,4 @@
-"""Dense models made sparse: identities with the dense model, checkpoints that open, and what is refused."""
+"""Dense models made sparse: identities with the dense model, and checkpoints that open."""
 
 from __future__ import annotations
 
@@ -9,68 +9,23 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from builders import VOCABULARY, save_tiny_model, tiny_tokenizer, token_ids
+from builders import VOCABULARY, token_ids
 from commands import invoke
-from pydantic import ValidationError
+from denses import LLAMA3_ROPE, save_dense, save_llama, sizes, tensors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralForCausalLM,
 )
 
-from emberfed.errors import ConfigError, ModelError
+from emberfed.errors import ConfigError
 from emberfed.models import lora
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import load
-from emberfed.models.upcycle import UpcycleConfig, sparse_config, upcycle
-
-NEURONS, HIDDEN = 64, 32
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-
-def sizes(**overrides: Any) -> dict[str, Any]:
-    """Settings of a tiny dense model: 2 layers, hidden 32, FFN of 64 neurons, 4 heads on 2 key-value heads."""
-    plain = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": NEURONS,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 128,
-        "bos_token_id": None,
-        "eos_token_id": [1, 2],
-        "pad_token_id": 0,
-    }
-    return plain | overrides
-
-
-def save_dense(folder: Path, lm: Any) -> Path:
-    """Write a dense model with loud random weights and a tokenizer."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in sorted(lm.named_parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.dim() == 1))
-    lm.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def save_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Write a tiny LLaMA."""
-    with torch.random.fork_rng(devices=[]):
-        return save_dense(folder, LlamaForCausalLM(LlamaConfig(**sizes(**overrides))).to(dtype))
+from emberfed.models.upcycle import UpcycleConfig, upcycle
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +40,6 @@ def logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = lm(input_ids=token_ids(2, 9)).logits
     return result
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, by the name they have on disk."""
-    return {name: t for file in folder.glob("*.safetensors") for name, t in safetensors.torch.load_file(file).items()}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -248,109 +198,6 @@ def test_a_checkpoint_in_several_files_with_old_buffers(dense: Path, tmp_path: P
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def refused(dense: Path, output: Path, match: str, **options: Any) -> None:
-    """Check that upcycling ends with one line, and leaves nothing."""
-    before = sorted(output.parent.iterdir())
-    with pytest.raises((ModelError, ConfigError), match=match) as caught:
-        upcycle(dense, output, UpcycleConfig.model_validate({"num_experts": 4, **options}))
-    assert "\n" not in str(caught.value)
-    assert sorted(output.parent.iterdir()) == before
-
-
-def test_settings_mixtral_does_not_have(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"attention_bias": True, "mlp_bias": True, "pretraining_tp": 2}
-    for name, value in settings.items():
-        dense = save_llama(tmp_path / name, **{name: value})
-        refused(dense, tmp_path / "sparse", rf"{name} = {value} of this llama model cannot be expressed")
-
-
-def test_the_dense_config_is_not_shared() -> None:
-    dense = LlamaConfig(**sizes(rope_parameters=LLAMA3_ROPE))
-    before = dense.to_dict()
-    sparse_config(dense, UpcycleConfig()).rope_parameters["factor"] = 2.0
-    assert dense.to_dict() == before
-
-
-def test_settings_per_layer(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="layer_types of this mistral model cannot be expressed"):
-        sparse_config(MistralConfig(layer_types=["full_attention"] * 2, **sizes()), UpcycleConfig())
-
-
-def test_models_of_another_kind(dense: Path, tmp_path: Path) -> None:
-    olmoe = save_tiny_model(tmp_path / "olmoe")
-    refused(olmoe, tmp_path / "sparse", "model type 'olmoe' has experts already; give one of type llama or mistral")
-    (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt/config.json").write_text('{"model_type": "gpt2"}')
-    refused(tmp_path / "gpt", tmp_path / "sparse", "model type 'gpt2' is not supported; give one of type llama")
-
-
-def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", tmp_path / "sparse", "nowhere does not exist")
-    dense = save_llama(tmp_path / "dense")
-    weights = dense / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    refused(dense, tmp_path / "sparse", "cannot be read")
-    weights.unlink()
-    refused(dense, tmp_path / "sparse", r"has no model\.safetensors; open it once with transformers")
-    (dense / "config.json").write_text("{")
-    refused(dense, tmp_path / "sparse", "cannot be read")
-
-
-@pytest.mark.parametrize(
-    ("name", "replacement", "message"),
-    [
-        ("model.norm.weight", None, r"1 weights are not in the checkpoint, the first is 'model\.norm\.weight'"),
-        ("model.norm.weight", torch.ones(3), r"'model\.norm\.weight' has shape \(3,\), its config says \(32,\)"),
-        ("model.norm.weight", torch.full((32,), torch.nan), r"'model\.norm\.weight' .* not finite"),
-        ("model.layers.1.mlp.up_proj.weight", torch.full((64, 32), torch.inf), r"'.*1\.mlp\.up_proj.*' .* not finite"),
-        ("model.norm.weight", torch.ones(32, dtype=torch.int8), r"stored as I8; give .* float32, bfloat16, float16"),
-        ("score.weight", torch.ones(2, 32), r"'score\.weight' has no place in the Mixtral architecture"),
-    ],
-)
-def test_damaged_weights(tmp_path: Path, name: str, replacement: torch.Tensor | None, message: str) -> None:
-    dense = save_llama(tmp_path / "dense")
-    changed = tensors(dense)
-    changed.pop(name, None)
-    if replacement is not None:
-        changed[name] = replacement
-    safetensors.torch.save_file(changed, dense / "model.safetensors", metadata={"format": "pt"})
-    refused(dense, tmp_path / "sparse", message)
-
-
-def test_quantised_models(tmp_path: Path) -> None:
-    dense = save_llama(tmp_path / "dense")
-    config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
-    refused(dense, tmp_path / "sparse", "is quantised; give the checkpoint it was made from")
-
-
-def test_a_scale_the_number_format_cannot_hold(tmp_path: Path) -> None:
-    dense = save_llama(tmp_path / "dense", dtype=torch.float16)
-    refused(dense, tmp_path / "sparse", "does not fit into float16 times output_scale 1e[+]06", output_scale=1e6)
-
-
-def test_outputs_that_are_taken(dense: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/file").write_text("mine")
-    refused(dense, tmp_path / "file", "exists and is not an empty folder")
-    refused(dense, tmp_path / "folder", "exists and is not an empty folder")
-    assert (tmp_path / "folder/file").read_text() == "mine"
-    (tmp_path / "empty").mkdir()
-    assert upcycle(dense, tmp_path / "empty", UpcycleConfig(num_experts=4)).path == tmp_path / "empty"
-
-
-def test_more_experts_per_token_than_experts() -> None:
-    with pytest.raises(ValidationError, match="top_k 5 is more than num_experts 4"):
-        UpcycleConfig(num_experts=4, top_k=5)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +79,62 @@ def test_a_link_is_moved_in_one_step(tmp_path: Path) -> None:
     storage.point(link, "rounds/0002")
     assert link.readlink() == Path("rounds/0002")
     assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_appears_when_all_of_it_is_written(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "new"
+    with storage.new_folder(target) as filled:
+        storage.write(filled / "file", b"x")
+        assert not target.exists()
+    assert (target / "file").read_bytes() == b"x"
+    assert [path.name for path in target.parent.iterdir()] == ["new"]
+
+
+def test_a_folder_that_could_not_be_written_is_gone(tmp_path: Path) -> None:
+    def stopped() -> None:
+        with storage.new_folder(tmp_path / "new") as filled:
+            storage.write(filled / "file", b"x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="could not write"), storage.new_folder(tmp_path / "file" / "new"):
+        pass
+
+
+def test_what_a_killed_attempt_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from emberfed import storage
+with storage.new_folder(Path({str(tmp_path / "new")!r})) as filled:
+    storage.write(filled / "file", b"x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "file").exists()
+    others = {".new.01234567.tmp.d", ".new.0123456.tmp", ".newer.01234567.tmp", "new.01234567.tmp", ".new.0123456x.tmp"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".new.00000000.tmp").write_text("a file")
+    (tmp_path / ".new.11111111.tmp").symlink_to(tmp_path / "new.01234567.tmp")
+    (tmp_path / ".new.22222222.tmp").mkdir()
+    at_work = os.open(tmp_path / ".new.22222222.tmp", os.O_RDONLY)
+    fcntl.flock(at_work, fcntl.LOCK_EX)
+    others |= {".new.00000000.tmp", ".new.11111111.tmp", ".new.22222222.tmp"}
+    with storage.new_folder(tmp_path / "new"):
+        assert not left.exists()
+    os.close(at_work)
+    assert {path.name for path in tmp_path.iterdir()} == others | {"new"}
+
+
+def test_two_attempts_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    with storage.new_folder(tmp_path / "new") as first:
+        storage.write(first / "one", b"")
+        with pytest.raises(KeyboardInterrupt), storage.new_folder(tmp_path / "new"):
+            raise KeyboardInterrupt
+        assert (first / "one").exists()
+    assert (tmp_path / "new" / "one").exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -130,7 +128,8 @@ def export(
 
     Args:
         run: The run's folder.
-        output: The folder to write, absent or empty. It appears only when all of it is written.
+        output: The folder to write, absent or empty, not among a run's rounds. It appears only when all of it is
+            written.
         format: `peft` is the adapter, for `PeftModel.from_pretrained`; `merged` is the base with the adapter added to
             its weights, a checkpoint for `AutoModelForCausalLM.from_pretrained`. Its numbers are in `model.dtype` of
             the run; 16-bit ones round what was added. A base that the run quantised is loaded unquantised for it.
@@ -141,21 +140,26 @@ def export(
     """
     if format not in ("peft", "merged"):
         raise ConfigError(f"export format {format!r} is unknown; there are 'merged' and 'peft'")
-    folder, target = RunFolder.open(Path(run)), Path(output)
+    folder, target = RunFolder.open(Path(run)), Path(output).absolute()
     checked = config.load(folder.path / "config.yaml")
     check_free(target)
+    _check_not_among_rounds(target)
     source, files = _exported(folder, _chosen_round(folder, round))
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with storage.new_folder(target) as filled:
         if format == "peft":
             for name, data in files.items():
-                storage.write(temporary / name, data)
+                storage.write(filled / name, data)
         else:
-            _write_merged(checked, source, temporary)
-        storage.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _write_merged(checked, folder, source, filled)
     return target
+
+
+def _check_not_among_rounds(target: Path) -> None:
+    """Check that a folder does not lie where a run has its rounds. Raises: ConfigError."""
+    place = target.resolve()
+    for folder in (place, *place.parents):
+        if folder.name == "rounds" and (folder.parent / "config.yaml").is_file():
+            raise ConfigError(f"{target} lies among the rounds of the run {folder.parent}; give an --output elsewhere")
 
 
 def _chosen_round(folder: RunFolder, round: int | None) -> int:
@@ -183,10 +187,13 @@ def _exported(folder: RunFolder, round: int) -> tuple[Path, dict[str, bytes]]:
     return source, files
 
 
-def _write_merged(checked: RunConfig, adapter: Path, target: Path) -> None:
+def _write_merged(checked: RunConfig, folder: RunFolder, adapter: Path, target: Path) -> None:
+    assembly.check_same_settings(folder, checked)
     unquantised = checked.model.model_copy(update={"expert_bits": None})
     with cpu_threads(checked.model.threads):
         model, tokenizer = load(unquantised)
+        # The numbers of a base that the run held in fewer bits are not those of the one it is merged with.
+        assembly.check_same_model(folder, model, ignoring=() if checked.model.expert_bits is None else ("sha256",))
         tensors, alpha = peft_layout.from_peft(adapter, model)
         merging.merge_into(model, tensors, alpha)
         merging.write_checkpoint(model, tokenizer, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -89,11 +89,14 @@ def check_same_data(folder: RunFolder, material: Material) -> None:
         )
 
 
-def check_same_model(folder: RunFolder, model: SparseModel) -> None:
-    """Check that the base model is the one the run began with. Raises: RunFolderError naming what differs."""
+def check_same_model(folder: RunFolder, model: SparseModel, ignoring: Collection[str] = ()) -> None:
+    """Check that the base model is the one the run began with, but for some of its record's keys.
+
+    Raises: RunFolderError naming what differs.
+    """
     began, now = folder.read_object("run.json").get("model"), _identity(model)
     recorded = began if isinstance(began, dict) else {}
-    changed = [key for key, value in now.items() if recorded.get(key) != value]
+    changed = [key for key, value in now.items() if recorded.get(key) != value and key not in ignoring]
     if changed:
         raise RunFolderError(
             f"the base model is not the one {folder.path} began with ({', '.join(changed)} differ); put it back, or "

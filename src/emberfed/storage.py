@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,6 +103,49 @@ def rename(source: Path, target: Path) -> None:
     with explained(target):
         source.rename(target)
         sync_folder(target.parent)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill, which appears as `target` when the block ends well and is gone when it does not.
+
+    What killed attempts at the same target left beside it is removed first; attempts still at work are left alone.
+
+    Args:
+        target: The folder, absent or empty, in one that may be absent.
+
+    Raises: StorageError.
+    """
+    target = target.absolute()
+    filled = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with explained(target):
+            _remove_left_overs(target)
+            filled.mkdir(parents=True)
+            held = os.open(filled, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            yield filled
+            rename(filled, target)
+        finally:
+            os.close(held)
+    finally:
+        shutil.rmtree(filled, ignore_errors=True)
+
+
+def _remove_left_overs(target: Path) -> None:
+    """Remove the unfinished folders of `target` that no process holds: the system lets go of a killed one's."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    found = target.parent.iterdir() if target.parent.is_dir() else ()
+    for folder in [path for path in found if ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]:
+        with suppress(OSError):
+            held = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(held)
 
 
 def point(link: Path, target: str) -> None:

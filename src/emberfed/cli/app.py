@@ -135,8 +135,10 @@ def export(
     """Write what was trained for other programs: as a PEFT adapter, or merged into a Hugging Face checkpoint."""
     with output(as_json).errors():
         from emberfed import api
+        from emberfed.cli.stopping import Stop
 
-        written = api.export(run, output=folder, format=format.value, round=round)
+        with Stop().on_signals():
+            written = api.export(run, output=folder, format=format.value, round=round)
         document = {"run": str(run), "format": format.value, "output": str(written)}
         output(as_json).result(document, Text(f"{format.value} written to {written}"))
 

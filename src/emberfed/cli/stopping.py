@@ -45,6 +45,10 @@ class Stop:
         before = {number: signal.signal(number, self._ask) for number in heard}
         try:
             yield
+        except Exception as error:
+            if self._asked:  # a library made an error of its own of the interruption
+                raise KeyboardInterrupt from error
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from emberfed.cli.stopping import Stop
 from emberfed.models.upcycle import UpcycleConfig, Upcycled, upcycle
 from emberfed.sections import validate
 
@@ -18,7 +19,8 @@ def run(dense: Path, output: Path, values: dict[str, Any]) -> tuple[dict[str, An
     """Upcycle and return the result as a document and in words. Raises: EmberfedError."""
     options = validate(UpcycleConfig, values, "upcycle")
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+    unseen = not sys.stderr.isatty()
+    with Stop().on_signals(), Progress(console=console, transient=True, disable=unseen) as bar:
         task = bar.add_task("layers", total=None)
         written = upcycle(dense, output, options, lambda done, of: bar.update(task, completed=done, total=of))
     used = options.model_dump() | {"output_scale": options.scale}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self, final
 
 import peft
+import psutil
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from pydantic import Field, model_validator
@@ -32,8 +33,8 @@ class LoraConfig(Section):
     """The adapter's size and what it covers.
 
     Attributes:
-        rank: R of every LoRA.
-        alpha: The scale is alpha / rank.
+        rank: R of every LoRA, up to 65536.
+        alpha: The scale is alpha / rank; 1e-6 to 1e6.
         attention: Adapt the linear layers of every attention (q, k, v and o in most families).
         experts: Adapt the three matrices of every routed expert.
         shared_experts: Adapt the three matrices of the shared experts, which every token passes.
@@ -42,8 +43,8 @@ class LoraConfig(Section):
             cover what the keys above say, each at least in part.
     """
 
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
+    rank: int = Field(default=8, ge=1, le=65536)
+    alpha: float = Field(default=16.0, ge=1e-6, le=1e6)
     attention: bool = True
     experts: bool = True
     shared_experts: bool = False
@@ -65,12 +66,14 @@ def initial(model: SparseModel, config: LoraConfig, generator: torch.Generator) 
     A fresh one does not change what the model computes: A is uniform in ±1/sqrt(in), drawn in the order of the names
     (PEFT's default, Kaiming with a = sqrt(5)); B is zero; routers are copies of the base's.
 
-    Raises: ConfigError if the model lacks what the config adapts, or the adapter of `start_from` is of another rank,
-    alpha or coverage; ModelError if it cannot be read or is of another model.
+    Raises: ConfigError if the model lacks what the config adapts, a fresh adapter is larger than this machine's memory,
+    or the adapter of `start_from` is of another rank, alpha or coverage; ModelError if it cannot be read or is of
+    another model.
     """
     sizes = _covered(model, config)
     if config.start_from is not None:
         return _started(model, config, config.start_from)
+    _check_memory(sizes, config.rank)
     tensors: dict[str, torch.Tensor] = {}
     for name, (*stack, out_features, in_features) in sorted(sizes.items()):
         bound = 1 / math.sqrt(in_features)
@@ -97,6 +100,17 @@ def _covered(model: SparseModel, config: LoraConfig) -> lora_layout.Sizes:
         **(lora_layout.expert_sizes(model) if config.experts else {}),
         **(lora_layout.linear_sizes(shared) if config.shared_experts else {}),
     }
+
+
+def _check_memory(sizes: lora_layout.Sizes, rank: int) -> None:
+    """Check that a fresh adapter can be held at all. Raises: ConfigError."""
+    numbers = sum(math.prod(stack) * (outputs + inputs) * rank for *stack, outputs, inputs in sizes.values())
+    needed_bytes, memory_bytes = 4 * numbers, psutil.virtual_memory().total
+    if needed_bytes > memory_bytes:
+        raise ConfigError(
+            f"adapter.rank {rank} makes an adapter of {needed_bytes / 1e9:,.0f} GB, but this machine has "
+            f"{memory_bytes / 1e9:,.0f} GB of memory; lower adapter.rank"
+        )
 
 
 def _started(model: SparseModel, config: LoraConfig, folder: str) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from emberfed.models.sparse_model import SparseModel
 
 _EXPERT = re.compile(r"layers\.\d+\.experts\.")
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Sizes = Mapping[str, tuple[int, ...]]
 """Shape of the adapted weight, (out, in) or (E, out, in), by canonical path: the name of its LoRA without `.lora_A`."""
 Slot = tuple[nn.Module, str]
@@ -122,8 +123,9 @@ def _partner(name: str) -> str:
 def _check_shape(
     name: str, tensor: torch.Tensor, expected: tuple[int, ...], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    if not tensor.is_floating_point():
-        raise ModelError(f"adapter tensor {name!r} is {tensor.dtype}; expected a floating-point type")
+    if tensor.dtype not in _DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ModelError(f"adapter tensor {name!r} is {tensor.dtype}; expected one of {allowed}")
     found = tuple(tensor.shape)
     rank = _rank(name, tensors)
     wanted = tuple(size or rank for size in expected)

@@ -30,22 +30,21 @@ Shapes: E experts, R rank, D hidden, F expert hidden.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import peft
 import safetensors.torch
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from emberfed.errors import ModelError, closest
 from emberfed.models.fused_lora import StackedLora, alternating, flatten, fuse, one_after_the_other, unflatten, unfuse
 from emberfed.models.lora_layout import attention_linears, check, shared_linears
+from emberfed.models.peft_settings import PeftSettings, Size
 from emberfed.models.routed_lora import MATRICES
 from emberfed.models.sparse_model import SparseBlock, SparseModel
 from emberfed.records import Json
@@ -63,6 +62,7 @@ _OTHER_LORA = (
     "alora_invocation_tokens", "monteclora_config", "arrow_config", "layer_replication", "trainable_token_indices",
 )  # fmt: skip
 _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_STORED = ("F64", "F32", "F16", "BF16")
 _Tensors = dict[str, torch.Tensor]
 
 
@@ -81,14 +81,7 @@ class _Target(NamedTuple):
     key: str
     a: torch.Tensor
     b: torch.Tensor
-    size: _Size
-
-
-class _Size(NamedTuple):
-    """Rank, and the alpha with which alpha / rank is the scale."""
-
-    rank: int
-    alpha: float
+    size: Size
 
 
 class _Paths(NamedTuple):
@@ -185,7 +178,7 @@ def _linears(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths) -
     places = [(path, name, name) for path, name in paths.attention.items()]
     places += [(path, f"{name}.weight", name) for path, name in paths.shared.items()]
     return [
-        _Target(target, key, a, tensors[f"{path}.lora_B"], _Size(a.shape[0], alpha))
+        _Target(target, key, a, tensors[f"{path}.lora_B"], Size(a.shape[0], alpha))
         for path, target, key in places
         if (a := tensors.get(f"{path}.lora_A")) is not None
     ]
@@ -208,9 +201,9 @@ def _experts(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths, m
             if not block.experts.is_concatenated:
                 fused = fused._replace(b=alternating(fused.b))
             key = name if down is None else f"{name}.base_layer"
-            targets.append(_Target(f"{name}.{_GATE_UP}", key, *flatten(fused), _Size(fused.rank, fused.alpha)))
+            targets.append(_Target(f"{name}.{_GATE_UP}", key, *flatten(fused), Size(fused.rank, fused.alpha)))
         if down is not None:
-            targets.append(_Target(f"{name}.{_DOWN}", name, *flatten(down), _Size(down.rank, down.alpha)))
+            targets.append(_Target(f"{name}.{_DOWN}", name, *flatten(down), Size(down.rank, down.alpha)))
     return targets
 
 
@@ -258,12 +251,12 @@ def _within_layer(target: str) -> str:
     return _with_layer(target).split(".", 2)[2]
 
 
-def _patterns(targets: Sequence[_Target], default: _Size) -> dict[str, _Size]:
+def _patterns(targets: Sequence[_Target], default: Size) -> dict[str, Size]:
     """Return one regular expression per size that is not the default; a layer is named only where layers differ."""
-    found: dict[str, set[_Size]] = {}
+    found: dict[str, set[Size]] = {}
     for target in targets:
         found.setdefault(_within_layer(target.name), set()).add(target.size)
-    names: dict[_Size, set[str]] = {}
+    names: dict[Size, set[str]] = {}
     for target in targets:
         if target.size != default:
             short = _within_layer(target.name)
@@ -278,9 +271,9 @@ def from_peft(folder: Path, model: SparseModel) -> tuple[_Tensors, float]:
     Raises: ModelError if the folder cannot be read, is of another version or model, or holds what our adapters cannot
     express.
     """
-    config, stored = _read(folder)
+    settings, stored = _read(folder)
     try:
-        loras, result = _parse(config, stored, model)
+        loras, result = _parse(settings, stored, model)
         if not loras:
             raise ModelError("no LoRA in it")
         alpha = Counter(lora.alpha for lora in loras).most_common(1)[0][0]
@@ -289,6 +282,7 @@ def from_peft(folder: Path, model: SparseModel) -> tuple[_Tensors, float]:
             result[f"{lora.path}.lora_A"] = lora.a.float().contiguous()
             result[f"{lora.path}.lora_B"] = (b if lora.alpha == alpha else b * (lora.alpha / alpha)).contiguous()
         check(model, result)
+        _check_finite(result)
     except ModelError as error:
         raise ModelError(f"PEFT adapter {folder}: {error}") from None
     return dict(sorted(result.items())), alpha
@@ -303,7 +297,7 @@ class _Found(NamedTuple):
     alpha: float
 
 
-def _parse(config: Mapping[str, Json], stored: _Tensors, model: SparseModel) -> tuple[list[_Found], _Tensors]:
+def _parse(settings: PeftSettings, stored: _Tensors, model: SparseModel) -> tuple[list[_Found], _Tensors]:
     """Return the LoRA and the routers' weights that the files hold. Raises: ModelError at the first foreign tensor."""
     paths = _Paths.of(model)
     linears = {f"{_PREFIX}{name}": path for path, name in {**paths.attention, **paths.shared}.items()}
@@ -325,9 +319,9 @@ def _parse(config: Mapping[str, Json], stored: _Tensors, model: SparseModel) -> 
         elif factor == "lora_A":
             a, b = stored[key], stored[f"{stem}.lora_B.weight"]
             if stem in linears:
-                loras.append(_linear(config, linears[stem], stem.removeprefix(_PREFIX), a, b))
+                loras.append(_linear(settings, linears[stem], stem.removeprefix(_PREFIX), a, b))
             else:
-                loras += _expert(config, experts[module], stem.removeprefix(_PREFIX), a, b)
+                loras += _expert(settings, experts[module], stem.removeprefix(_PREFIX), a, b)
     return loras, result
 
 
@@ -351,27 +345,25 @@ def _foreign(key: str, known: Sequence[str], model: SparseModel) -> str:
     )
 
 
-def _linear(config: Mapping[str, Json], path: str, name: str, a: torch.Tensor, b: torch.Tensor) -> _Found:
-    targeted = _is_target(config, f"{name}.weight")  # PEFT adapts the parameter then, not the module
-    size = _size_of(config, f"{name}.weight" if targeted else name)
+def _linear(settings: PeftSettings, path: str, name: str, a: torch.Tensor, b: torch.Tensor) -> _Found:
+    targeted = settings.targets(f"{name}.weight")  # PEFT adapts the parameter then, not the module
+    size = settings.size_of(f"{name}.weight" if targeted else name)
     _check_rank(size, path, a, b, 1)
     return _Found(path, a, b, size.alpha)
 
 
-def _expert(
-    config: Mapping[str, Json], block: SparseBlock, name: str, a: torch.Tensor, b: torch.Tensor
-) -> list[_Found]:
+def _expert(settings: PeftSettings, block: SparseBlock, name: str, a: torch.Tensor, b: torch.Tensor) -> list[_Found]:
     """Return the LoRA of one of the two stacked parameters of a layer's experts."""
     path, module = f"layers.{block.layer}.experts", name.removesuffix(".base_layer")
-    targeted = [part for part in (_GATE_UP, _DOWN) if _is_target(config, f"{module}.{part}")]
+    targeted = [part for part in (_GATE_UP, _DOWN) if settings.targets(f"{module}.{part}")]
     inner = module != name
     if not targeted or (inner and len(targeted) == 1):
         raise ModelError(
-            f"{path}: its keys do not go with target_parameters {config.get('target_parameters')}; "
+            f"{path}: its keys do not go with target_parameters {settings.target_parameters}; "
             f"those must name the experts' {_GATE_UP}, {_DOWN} or both"
         )
     part = targeted[0] if inner else targeted[-1]
-    size = _size_of(config, f"{module}.{part}")
+    size = settings.size_of(f"{module}.{part}")
     _check_rank(size, f"{path}.{part}", a, b, block.num_experts)
     lora = unflatten(a, b, *size)
     if part == _DOWN:
@@ -381,7 +373,7 @@ def _expert(
     return [_Found(f"{path}.{matrix}", *found) for matrix, found in unfuse(lora).items()]
 
 
-def _check_rank(size: _Size, path: str, a: torch.Tensor, b: torch.Tensor, experts: int) -> None:
+def _check_rank(size: Size, path: str, a: torch.Tensor, b: torch.Tensor, experts: int) -> None:
     wanted = size.rank * experts
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != wanted or b.shape[1] != wanted:
         stack = f" for {experts} experts" if experts > 1 else ""
@@ -390,45 +382,50 @@ def _check_rank(size: _Size, path: str, a: torch.Tensor, b: torch.Tensor, expert
         )
 
 
-def _is_target(config: Mapping[str, Json], parameter: str) -> bool:
-    """Return whether `target_parameters` names it, matched as PEFT does."""
-    targets: Sequence[str] = config.get("target_parameters") or ()
-    return any(f".{parameter}".endswith(f".{target}") for target in targets)
-
-
-def _size_of(config: Mapping[str, Json], target: str) -> _Size:
-    """Return rank and alpha PEFT gives to a module or parameter, by its own matching of patterns.
-
-    Alpha is that with which alpha / R is the scale, also where the adapter is rank-stabilised (alpha / sqrt(R)).
-    """
-
-    def value(pattern: str, default: str) -> Any:
-        patterns = config.get(pattern) or {}
-        return patterns.get(get_pattern_key(patterns, target), config[default])
-
-    rank, alpha = int(value("rank_pattern", "r")), float(value("alpha_pattern", "lora_alpha"))
-    return _Size(rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)
-
-
-def _read(folder: Path) -> tuple[dict[str, Json], _Tensors]:
-    """Return configuration and tensors. Raises: ModelError."""
+def _read(folder: Path) -> tuple[PeftSettings, _Tensors]:
+    """Return the settings and the tensors as stored. Raises: ModelError."""
     check_version(peft.__version__, "installed is")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+        with safe_open(folder / TENSORS_FILE, framework="pt") as file:
+            formats = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ModelError(f"{folder} is not a readable PEFT adapter: {' '.join(str(error).split())}") from error
+    settings = _settings(config, folder)
+    for key, stored in formats.items():
+        if stored not in _STORED:
+            raise ModelError(f"{folder}: tensor {key!r} is stored as {stored}; expected one of {', '.join(_STORED)}")
+    tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
+    try:
+        _check_finite(tensors)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    return settings, tensors
+
+
+def _settings(config: object, folder: Path) -> PeftSettings:
+    """Return what the configuration says. Raises: ModelError if it is not one of a LoRA that is understood here."""
     where = folder / CONFIG_FILE
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= set(config):
         raise ModelError(f"{where}: not the configuration of a LoRA")
-    check_version(config.get("peft_version"), f"{folder} was written by")
+    try:
+        settings = PeftSettings.parse(config)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from None
+    check_version(settings.peft_version, f"{folder} was written by")
     for option in _OTHER_LORA:
         if config.get(option):
             raise ModelError(f"{where}: {option} is not supported; only plain and rank-stabilised LoRA are")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
         raise ModelError(f"{where}: init_lora_weights {start!r} changes the base model, which is not supported")
-    broken = next((key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
-    if broken is not None:
-        raise ModelError(f"{folder}: tensor {broken!r} holds values that are not finite; the adapter is damaged")
-    return config, tensors
+    return settings
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"tensor {key!r} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}; "
+                f"the adapter is damaged, or its numbers are too large"
+            )

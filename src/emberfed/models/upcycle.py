@@ -14,14 +14,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, NamedTuple, Self, final
 
 import safetensors.torch
 import torch
@@ -29,9 +28,10 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+from transformers.activations import ACT2FN
 
 from emberfed import storage
-from emberfed.errors import ConfigError, ModelError
+from emberfed.errors import ConfigError, ModelError, closest
 from emberfed.models import ffn_split
 from emberfed.models.families import families
 from emberfed.sections import Section
@@ -56,6 +56,8 @@ _BESIDE_THE_WEIGHTS = (
     "USE_POLICY*",
 )
 _LEFT_OUT = re.compile(r"\.rotary_emb\.inv_freq$")  # of old checkpoints; made from the config now
+_TELLING = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
+"""Errors whose text says what is wrong."""
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
@@ -65,21 +67,22 @@ class UpcycleConfig(Section):
     Attributes:
         method: `random` and `clustered` divide the F neurons of an FFN among E experts, F / E each: at random, or by
             balanced k-means on their rows of the gate projection. `copy` makes every expert the whole FFN.
-        num_experts: E per layer.
+        num_experts: E per layer, up to 65536.
         top_k: K, the experts per token the checkpoint asks for.
         output_scale: Factor folded into the experts' down projections. Router weights sum to 1 over the kept experts,
             while a dense FFN is the sum of its parts: null is `top_k` where neurons are divided (a kept expert's weight
             is then about 1, as in the dense sum) and 1 for `copy`. E instead estimates the dense sum from K parts.
-        router_std: Standard deviation of the router's normally distributed weights. With `clustered` its rows are the
-            clusters' mean gate rows made as long as such random rows. With 0 all experts look alike to the router.
+        router_std: Standard deviation of the router's normally distributed weights, up to 1000. With `clustered` its
+            rows are the clusters' mean gate rows made as long as such random rows. With 0 all experts look alike to the
+            router.
         seed: Of the division and of the router.
     """
 
     method: Literal["random", "clustered", "copy"] = "random"
-    num_experts: int = Field(default=8, ge=2)
+    num_experts: int = Field(default=8, ge=2, le=65536)
     top_k: int = Field(default=2, ge=1)
     output_scale: float | None = Field(default=None, gt=0)
-    router_std: float = Field(default=0.02, ge=0)
+    router_std: float = Field(default=0.02, ge=0, le=1000)
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -140,25 +143,15 @@ def upcycle(
             weights that are missing, of another shape, quantised or not finite.
         StorageError: Writing failed.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and is not an empty folder; give another output")
+    _check_free(output)
     config = _read_config(dense)
-    with _reading(dense):
-        weights = _Weights.open(
-            dense, _shapes(config), optional={"lm_head.weight"} if config.tie_word_embeddings else set()
-        )
+    weights = _Weights.open(dense, _shapes(config, dense), {"lm_head.weight"} if config.tie_word_embeddings else set())
     sparse = sparse_config(config, options)
-    partial = output.absolute().with_name(f".{output.absolute().name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with storage.explained(partial):
-            partial.mkdir(parents=True)
-        sizes = _write_weights(dense, weights, partial, options, layer_done)
-        storage.write(partial / "config.json", sparse.to_json_string().encode())
-        storage.write_json(partial / "upcycle.json", options.model_dump() | {"output_scale": options.scale})
-        _copy_files(dense, partial)
-        storage.rename(partial, output.absolute())
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with storage.new_folder(output) as filled:
+        sizes = _write_weights(weights, filled, options, layer_done)
+        storage.write(filled / "config.json", sparse.to_json_string().encode())
+        storage.write_json(filled / "upcycle.json", options.model_dump() | {"output_scale": options.scale})
+        _copy_files(dense, filled)
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
     parameters = sum(sizes.values())
     return Upcycled(
@@ -169,6 +162,20 @@ def upcycle(
         parameters=parameters,
         active_parameters=parameters - routed * (options.num_experts - options.top_k) // options.num_experts,
     )
+
+
+def _check_free(output: Path) -> None:
+    """Check that a folder may be made at `output`. Raises: ConfigError."""
+    try:
+        taken = output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir())))
+    except OSError as error:
+        raise ConfigError(
+            f"{str(output)[:80]!r}... cannot be a folder: {error.strerror}; give another output"
+        ) from None
+    if "\0" in str(output):
+        raise ConfigError(f"{str(output)[:80]!r} cannot be a folder: it has a NUL in it; give another output")
+    if taken:
+        raise ConfigError(f"{output} exists and is not an empty folder; give another output")
 
 
 def sparse_config(dense: Any, options: UpcycleConfig) -> MixtralConfig:
@@ -203,9 +210,10 @@ def sparse_config(dense: Any, options: UpcycleConfig) -> MixtralConfig:
             num_local_experts=options.num_experts,
             num_experts_per_tok=options.top_k,
         )
-    except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"settings of this {dense.model_type} model do not fit a Mixtral config: {reason}") from error
+    except Exception as error:  # whatever transformers makes of settings that do not go together
+        raise ModelError(
+            f"settings of this {dense.model_type} model do not fit a Mixtral config: {_reason(error)}"
+        ) from error
 
 
 @final
@@ -252,10 +260,12 @@ class _Weights:
     """The tensors of a checkpoint folder, read when asked for.
 
     Attributes:
+        folder: The checkpoint's.
         files: File of each tensor.
         parameters: Numbers in all of them.
     """
 
+    folder: Path
     files: Mapping[str, Path]
     parameters: int
 
@@ -268,38 +278,54 @@ class _Weights:
         files: dict[str, Path] = {}
         parameters = 0
         for path in _weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                for name in filter(lambda name: not _LEFT_OUT.search(name), file.keys()):
-                    stored = file.get_slice(name)
+            for name, stored in _stored(path, folder).items():
+                if not _LEFT_OUT.search(name):
                     _check_stored(name, stored, shapes, folder)
                     files[name] = path
-                    parameters += torch.Size(stored.get_shape()).numel()
+                    parameters += math.prod(stored.shape)
         missing = sorted(shapes.keys() - files.keys() - optional)
         if missing:
             raise ModelError(
                 f"dense model {folder}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]!r}"
             )
-        return _Weights(files, parameters)
+        return _Weights(folder, files, parameters)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Read a tensor. Raises: ModelError if it holds values that are not finite."""
-        with safe_open(self.files[name], framework="pt") as file:
+        """Read a tensor. Raises: ModelError if it cannot be read, or holds values that are not finite."""
+        with _reading(self.folder), safe_open(self.files[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"weight {name!r} of the dense model holds values that are not finite; it is damaged")
+            raise ModelError(
+                f"dense model {self.folder}: weight {name!r} holds values that are not finite; it is damaged"
+            )
         return tensor
 
 
-def _check_stored(name: str, stored: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+class _Stored(NamedTuple):
+    """What a file says of a tensor: its number format by safetensors' name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _stored(path: Path, folder: Path) -> dict[str, _Stored]:
+    """Return what a file holds, by name. Raises: ModelError if it cannot be read."""
+    with _reading(folder), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: _Stored(found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
+
+
+def _check_stored(name: str, stored: _Stored, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Check a stored tensor's name, shape and number format. Raises: ModelError."""
-    shape = tuple(stored.get_shape())
     if name not in shapes:
         raise ModelError(f"dense model {folder}: weight {name!r} has no place in the Mixtral architecture")
-    if shape != shapes[name]:
-        raise ModelError(f"dense model {folder}: weight {name!r} has shape {shape}, its config says {shapes[name]}")
-    if stored.get_dtype() not in _DTYPES:
+    if stored.shape != shapes[name]:
         raise ModelError(
-            f"dense model {folder}: weight {name!r} is stored as {stored.get_dtype()}; "
+            f"dense model {folder}: weight {name!r} has shape {stored.shape}, its config says {shapes[name]}"
+        )
+    if stored.dtype not in _DTYPES:
+        raise ModelError(
+            f"dense model {folder}: weight {name!r} is stored as {stored.dtype}; "
             f"give a checkpoint in {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES.values())}"
         )
 
@@ -307,7 +333,14 @@ def _check_stored(name: str, stored: Any, shapes: Mapping[str, tuple[int, ...]],
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        with _reading(folder):
+            found = json.loads(index.read_text(encoding="utf-8"))
+        files = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise ModelError(
+                f"dense model {folder}: {index.name} has no weight_map with the file of each tensor; it is damaged"
+            )
+        return [folder / name for name in sorted(set(files.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise ModelError(
@@ -318,7 +351,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_config(folder: Path) -> Any:
     """Read a dense model's config. Raises: ModelError if there is none, or the model is not of a dense type."""
-    if not folder.is_dir():
+    with _reading(folder):
+        there = folder.is_dir()
+    if not there:
         raise ModelError(f"dense model folder {folder} does not exist; give the folder of a LLaMA or Mistral model")
     with _reading(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -330,29 +365,40 @@ def _read_config(folder: Path) -> Any:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"dense model {folder} is quantised; give the checkpoint it was made from")
+    if config.hidden_act not in ACT2FN:
+        raise ModelError(
+            f"dense model {folder}: hidden_act {config.hidden_act!r} is no activation of transformers"
+            f"{closest(config.hidden_act, ACT2FN)}"
+        )
     return config
 
 
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a dense checkpoint, from the model built without memory."""
-    with torch.device("meta"):
+def _shapes(config: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a dense checkpoint, from the model built without memory.
+
+    Raises: ModelError if no model can be built.
+    """
+    with _reading(folder), torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
 
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Turn what libraries raise for a folder they cannot read into one line."""
+    """Turn what libraries raise over files that are not what they should be into one line. Raises: ModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"dense model {folder} cannot be read: {reason}") from error
+    except Exception as error:
+        raise ModelError(f"dense model {str(folder)[:200]} cannot be read: {_reason(error)}") from error
 
 
-def _write_weights(
-    dense: Path, weights: _Weights, folder: Path, options: UpcycleConfig, layer_done: LayerDone
-) -> dict[str, int]:
+def _reason(error: Exception) -> str:
+    """Return one line; what is no plain sentence, as of a KeyError, is named."""
+    told = " ".join(str(error).split())[:400]
+    return told if told and isinstance(error, _TELLING) else f"{type(error).__name__}: {told}"
+
+
+def _write_weights(weights: _Weights, folder: Path, options: UpcycleConfig, layer_done: LayerDone) -> dict[str, int]:
     """Write all tensors, a file for what is outside the layers and one per layer; return the size of each tensor."""
     by_layer: dict[int, list[str]] = {}
     for name in weights.files:
@@ -363,8 +409,7 @@ def _write_weights(
     stored_bytes = 0
     for number, (layer, names) in enumerate(sorted(by_layer.items()), start=1):
         file = f"model-{number:05}-of-{len(by_layer):05}.safetensors"
-        with _reading(dense):
-            tensors = {name: weights[name] for name in names}
+        tensors = {name: weights[name] for name in names}
         if layer >= 0:
             tensors = _sparse_layer(tensors, layer, options)
         storage.write(folder / file, safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -396,4 +441,6 @@ def _copy_files(dense: Path, folder: Path) -> None:
     """Copy what a checkpoint has beside its config and weights."""
     for pattern in _BESIDE_THE_WEIGHTS:
         for file in filter(Path.is_file, dense.glob(pattern)):
-            storage.write(folder / file.name, file.read_bytes())
+            with _reading(dense):
+                data = file.read_bytes()
+            storage.write(folder / file.name, data)
