@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,9 +23,14 @@ def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def written(run: Path) -> int:
+    """Count tensor files; folders may be renamed meanwhile, which `os.walk` does not mind."""
+    return sum(name.endswith(".safetensors") for _, _, names in os.walk(run / "rounds") for name in names)
+
+
 def wait_until_written(run: Path, process: subprocess.Popen[bytes], files: int) -> None:
     """Wait until the run has that many files below rounds/, or the process ended."""
-    while process.poll() is None and len(list((run / "rounds").rglob("*.safetensors"))) < files:
+    while process.poll() is None and written(run) < files:
         time.sleep(0.002)
 
 
