@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks import clients_memory
+from benchmarks import clients_memory, routed_lora
 
 if __name__ == "__main__":
+    routed_lora.main()
     clients_memory.main()

@@ -329,6 +329,13 @@ def test_command(run_folder: Path, tmp_path: Path) -> None:
     assert "Example: emberfed export" in invoke("export", "--help").stdout
 
 
+def test_all_files_of_a_merged_checkpoint_have_the_users_mode(run_folder: Path, tmp_path: Path) -> None:
+    merged = emberfed.export(run_folder, output=tmp_path / "merged", format="merged")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in merged.iterdir()} == {plain.stat().st_mode}
+
+
 def test_merging_onto_another_base_is_refused(run_folder: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(run_folder, tmp_path / "run"))
     values = yaml.safe_load((run / "config.yaml").read_text())

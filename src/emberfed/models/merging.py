@@ -70,6 +70,10 @@ def write_checkpoint(model: SparseModel, tokenizer: PreTrainedTokenizerBase, fol
         with _without_bars():
             model.lm.save_pretrained(folder)
             tokenizer.save_pretrained(str(folder))
+        for weights in folder.glob(
+            "*.safetensors"
+        ):  # written for their owner alone; the other files' mode is the user's
+            weights.chmod((folder / "config.json").stat().st_mode)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise StorageError(f"could not write {folder}: {reason}; make room or allow writing, then repeat") from error
