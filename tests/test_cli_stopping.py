@@ -112,3 +112,16 @@ def test_a_closed_standard_error_does_not_fail_clients(
     assert done.returncode == 0
     assert json.loads(done.stdout)["problems"] == []
     assert (path / "report.html").is_file()
+
+
+def test_an_interruption_that_a_library_turned_into_an_error_is_still_one() -> None:
+    def library() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not go on") from None
+
+    with pytest.raises(KeyboardInterrupt), Stop().on_signals():
+        library()
+    with pytest.raises(ValueError, match="its own"), Stop().on_signals():
+        raise ValueError("its own")

@@ -67,6 +67,15 @@ def test_autocast_and_other_kinds_of_layers_are_left_alone() -> None:
     assert own.weight.grad is not None
 
 
+def test_a_layer_that_is_trained_after_all_gets_its_gradients() -> None:
+    linear = nn.Linear(512, 640)
+    hasten(nn.Sequential(linear))
+    linear(random(600, 512)).sum().backward()
+    assert linear.weight.grad is not None
+    assert linear.bias.grad is not None
+    assert linear.weight.grad.any()
+
+
 def test_few_numbers_of_rows_are_really_computed() -> None:
     assert [kernel_rows(rows) for rows in (1, 8, 15, 17, 33, 64, 65, 1000)] == [1, 8, 15, 18, 36, 64, 72, 1024]
     assert all(rows <= kernel_rows(rows) <= rows * 9 / 8 for rows in range(1, 5000))

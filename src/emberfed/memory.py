@@ -12,7 +12,7 @@ needs beside them:
 
     backward begins          A(all) + A(end) + 3 H
     backward of layer l      A(0..l) + G(l..last) + 4 X + W
-    optimiser                2 G(all)
+    optimiser                G(all)
 
 With gradient checkpointing a layer keeps X, its input, and A(l) while its own backward runs.
 

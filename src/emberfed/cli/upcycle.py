@@ -33,5 +33,6 @@ def _words(written: Upcycled, options: UpcycleConfig) -> str:
         f"{written.expert_intermediate} neurons in each, {options.top_k} active per token.\n"
         f"Parameters: {written.parameters:,}, of which a token uses {written.active_parameters:,}; "
         f"the dense model has {written.dense_parameters:,}.\n"
-        f"Fine-tune it: emberfed run --set model.path={written.path}"
+        f"Fine-tune it, with tiers of top_k 1 to {options.num_experts}: "
+        f"emberfed run CONFIG --set model.path={written.path}"
     )

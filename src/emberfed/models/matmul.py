@@ -33,7 +33,7 @@ def times(x_NI: torch.Tensor, w_IO: torch.Tensor, bias_O: torch.Tensor | None = 
 
 
 def hasten(model: nn.Module) -> None:
-    """Let the model's frozen linear layers use oneDNN where it pays. They must not be trained afterwards."""
+    """Let the model's frozen linear layers use oneDNN where it pays; one trained after all computes as before."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = partial(_frozen_linear, module)  # type: ignore[method-assign]
@@ -41,7 +41,8 @@ def hasten(model: nn.Module) -> None:
 
 def _frozen_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     large = x.numel() * linear.out_features >= _LINEAR_PRODUCTS
-    if not (large and _takes_onednn(x)) or torch.is_autocast_enabled("cpu"):
+    trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
+    if trained or not (large and _takes_onednn(x)) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, linear.weight, linear.bias)
     apply: Any = _FrozenLinear.apply
     product: torch.Tensor = apply(x, linear.weight, linear.bias)
