@@ -257,7 +257,7 @@ def plan(config: Config = None, overrides: Overrides = None, as_json: AsJson = F
 
 @app.command(epilog="Example: emberfed doctor config.yaml --set model.expert_bits=4")
 def doctor(config: Config = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check this machine and the model (not tiers and data: see `plan`); exit code 1 if something essential is broken."""
+    """Check this machine and the model (tiers and data: see `plan`); exit code 1 if something essential is broken."""
     with output(as_json).errors():
         from dataclasses import asdict
 
