@@ -223,11 +223,11 @@ def _model_runs(top_k: int) -> Mapping[str, Run]:
     import torch
 
     from emberfed.models import lora
-    from emberfed.models.sparse_model import SparseModel
+    from emberfed.models.foundation_model import FoundationModel
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    ours = SparseModel(_small_lm())
+    ours = FoundationModel(_small_lm())
     fresh = lora.initial(ours, lora.LoraConfig(rank=RANK, alpha=ALPHA, attention=False), generator)
 
     theirs = _small_lm().requires_grad_(False)
@@ -262,12 +262,12 @@ def _client_round(top_k: int) -> Run:
 
     from emberfed.data.tokenise import Example, Shard, ShardReport
     from emberfed.models import lora
-    from emberfed.models.sparse_model import SparseModel
+    from emberfed.models.foundation_model import FoundationModel
     from emberfed.seeds import Seeds
     from emberfed.training import Trainer, TrainingConfig
 
     generator = torch.Generator().manual_seed(0)
-    model = SparseModel(_small_lm())
+    model = FoundationModel(_small_lm())
     fresh = lora.initial(model, lora.LoraConfig(rank=RANK, alpha=ALPHA), generator)
     ids = torch.randint(1, VOCABULARY, (STEPS * BATCH, LENGTH), generator=generator).numpy().astype(np.int32)
     half = LENGTH // 2

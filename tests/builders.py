@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 VOCABULARY = 64
 
@@ -148,9 +148,9 @@ def tiny_lm(seed: int = 0, **overrides: Any) -> OlmoeForCausalLM:
     return lm
 
 
-def tiny_model(seed: int = 0, **overrides: Any) -> SparseModel:
-    """Return `tiny_lm` as a `SparseModel`."""
-    return SparseModel(tiny_lm(seed, **overrides))
+def tiny_model(seed: int = 0, **overrides: Any) -> FoundationModel:
+    """Return `tiny_lm` as a `FoundationModel`."""
+    return FoundationModel(tiny_lm(seed, **overrides))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -82,7 +82,7 @@ def test_fit_is_the_trainer_at_the_clients_k_gate_and_alpha(tiny_model_folder: P
     material = assembly.gather(checked)
     trainer = Trainer(checked.training)
     method = checked.method_type(checked.method, checked.adapter, trainer)
-    state = method.init(material.model, Seeds(1))
+    state = method.init(material.model, material.budgets, Seeds(1))
     for client in material.clients:
         seeds, shard = Seeds(1).at(round=2, client=client.id), material.shards[client.id]
         download = method.dispatch(state, client, 2)

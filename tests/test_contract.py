@@ -75,7 +75,7 @@ def setting(request: pytest.FixtureRequest, family_folder: Path, tiny_data: Path
     checked = parse(config(family_folder, tiny_data, method={"name": name, **options}))
     material = assembly.gather(checked)
     method = checked.method_type(checked.method, checked.adapter, Trainer(checked.training))
-    return Setting(method, material, method.init(material.model, Seeds(0).at(purpose="init")))
+    return Setting(method, material, method.init(material.model, material.budgets, Seeds(0).at(purpose="init")))
 
 
 def digest(bundle: Bundle) -> str:

@@ -19,17 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from emberfed import costs
 from emberfed.costs import Work
 from emberfed.models import lora
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 VARIANTS = [name for names in FAMILY_VARIANTS.values() for name in names]
 SEQUENCES, LENGTH, POSITIONS = 3, 10, (2, 5, 6)
 
 
 @cache
-def tiny(name: str) -> SparseModel:
+def tiny(name: str) -> FoundationModel:
     """Eager attention: torch's counter does not see the fused one on CPUs."""
     lm = tiny_family_lm(name, attn_implementation="eager")
-    return SparseModel(lm)
+    return FoundationModel(lm)
 
 
 @cache
@@ -53,7 +53,7 @@ def addmm_flops(_: Sequence[int], left: Sequence[int], right: Sequence[int], **_
 
 
 def counted(
-    model: SparseModel, tensors: Mapping[str, torch.Tensor], top_k: int, checkpointing: bool = False
+    model: FoundationModel, tensors: Mapping[str, torch.Tensor], top_k: int, checkpointing: bool = False
 ) -> tuple[int, int]:
     """What torch counts: forward, and backward."""
     ids = token_ids(SEQUENCES, LENGTH)

@@ -24,7 +24,7 @@ from emberfed.data.tokenise import Example, Shard, ShardReport
 from emberfed.memory import SavedBytes, Step, count_saved, training_memory
 from emberfed.models import lora
 from emberfed.models.quantised import quantise_experts
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import ACTIVATION_COUNTS, Bundle, Payload
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig
@@ -34,11 +34,11 @@ FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_os
 
 
 @cache
-def tiny(name: str) -> SparseModel:
-    return SparseModel(tiny_family_lm(name, hidden_size=64, max_position_embeddings=128))
+def tiny(name: str) -> FoundationModel:
+    return FoundationModel(tiny_family_lm(name, hidden_size=64, max_position_embeddings=128))
 
 
-def adapter(model: SparseModel, rank: int = 2, **options: bool) -> dict[str, torch.Tensor]:
+def adapter(model: FoundationModel, rank: int = 2, **options: bool) -> dict[str, torch.Tensor]:
     return lora.initial(model, lora.LoraConfig(rank=rank, **options), torch.Generator().manual_seed(0))
 
 
@@ -133,12 +133,12 @@ from test_costs_memory import adapter, shard
 from emberfed import costs
 from emberfed.memory import Step, training_memory
 from emberfed.models import lora
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig
 
 sizes = dict(hidden_size=512, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, num_experts=64)
-model = SparseModel(OlmoeForCausalLM(OlmoeConfig(**sizes, vocab_size=2048, pad_token_id=0, eos_token_id=1)))
+model = FoundationModel(OlmoeForCausalLM(OlmoeConfig(**sizes, vocab_size=2048, pad_token_id=0, eos_token_id=1)))
 tensors = adapter(model, rank=4)
 
 
@@ -242,11 +242,11 @@ def test_counting_leaves_the_model_as_found() -> None:
 
 def test_quantised_weights_count_as_they_are_stored() -> None:
     lm = tiny_family_lm("olmoe", hidden_size=64)
-    full = training_memory(SparseModel(lm), {}, Step(2, 8, 8)).weight_bytes
+    full = training_memory(FoundationModel(lm), {}, Step(2, 8, 8)).weight_bytes
     quantise_experts(lm, 8)
     weights = 2 * 8 * 3 * 64 * 16
     groups = 2 * 8 * (32 + 64)  # rows of 64 are one group, rows of 16 too
-    assert full - training_memory(SparseModel(lm), {}, Step(2, 8, 8)).weight_bytes == 3 * weights - 4 * groups
+    assert full - training_memory(FoundationModel(lm), {}, Step(2, 8, 8)).weight_bytes == 3 * weights - 4 * groups
 
 
 @pytest.mark.parametrize("name", FAMILIES)

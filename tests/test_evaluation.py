@@ -18,7 +18,7 @@ from emberfed.evaluation import EvaluationConfig, evaluate
 from emberfed.evaluation.quality import Answer, generate, response_losses, summarise
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import load
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 
 def make_shard(count: int = 7) -> Shard:
@@ -34,11 +34,11 @@ def make_shard(count: int = 7) -> Shard:
 
 
 @pytest.fixture(scope="module")
-def model() -> SparseModel:
+def model() -> FoundationModel:
     return tiny_model()
 
 
-def slow_answer(model: SparseModel, example: Example, max_new_tokens: int) -> list[int]:
+def slow_answer(model: FoundationModel, example: Example, max_new_tokens: int) -> list[int]:
     """Greedy decoding without batch, padding or cache."""
     ids = example.input_ids[: example.prompt_length].tolist()
     fresh: list[int] = []
@@ -52,7 +52,7 @@ def slow_answer(model: SparseModel, example: Example, max_new_tokens: int) -> li
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_batched_answers_are_those_of_one_example_at_a_time(model: SparseModel, top_k: int) -> None:
+def test_batched_answers_are_those_of_one_example_at_a_time(model: FoundationModel, top_k: int) -> None:
     tokenizer, shard = tiny_tokenizer(), make_shard()
     with model.active_experts(top_k), torch.inference_mode():
         together = generate(model, tokenizer, shard.examples, 0, 6)
@@ -64,7 +64,7 @@ def test_batched_answers_are_those_of_one_example_at_a_time(model: SparseModel, 
     assert len(set(together)) > 1
 
 
-def test_losses_are_those_of_one_token_at_a_time(model: SparseModel) -> None:
+def test_losses_are_those_of_one_token_at_a_time(model: FoundationModel) -> None:
     shard = make_shard()
     with torch.no_grad():
         for example, (loss_sum, targets) in zip(shard.examples, response_losses(model, shard.examples, 0), strict=True):
@@ -78,7 +78,7 @@ def test_losses_are_those_of_one_token_at_a_time(model: SparseModel) -> None:
             assert loss_sum == pytest.approx(slow, rel=1e-4)
 
 
-def test_batch_size_does_not_change_scores_and_answers_keep_their_order(model: SparseModel) -> None:
+def test_batch_size_does_not_change_scores_and_answers_keep_their_order(model: FoundationModel) -> None:
     tokenizer, shard = tiny_tokenizer(), make_shard()
     told: list[tuple[int, int]] = []
     one, answers = evaluate(
@@ -114,7 +114,7 @@ def test_a_checkpoints_own_penalties_do_not_change_greedy_answers(tmp_path: Path
     assert any(len(set(text.split())) < len(text.split()) for text in answers[0]), "something is repeated"
 
 
-def test_a_cap_on_examples(model: SparseModel) -> None:
+def test_a_cap_on_examples(model: FoundationModel) -> None:
     scores, answers = evaluate(
         model, tiny_tokenizer(), make_shard(), EvaluationConfig(max_examples=3, max_new_tokens=2)
     )

@@ -25,7 +25,7 @@ from emberfed.models import lora, merging, peft_layout
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import load
 from emberfed.models.lora import LoraConfig
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 ALPHA = 7.0
 Tensors = dict[str, torch.Tensor]
@@ -33,11 +33,11 @@ Tensors = dict[str, torch.Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def loaded(folder: Path, **options: Any) -> SparseModel:
+def loaded(folder: Path, **options: Any) -> FoundationModel:
     return load(ModelConfig(path=str(folder), device="cpu", **options))[0]
 
 
-def adapter(model: SparseModel) -> Tensors:
+def adapter(model: FoundationModel) -> Tensors:
     """A random adapter of everything the model has, none of its values zero."""
     generator = torch.Generator().manual_seed(0)
     covers = LoraConfig(rank=3, router=True, shared_experts=bool(model.shared_linears()))

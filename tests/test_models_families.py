@@ -19,7 +19,7 @@ from emberfed.models.families import families, family_of, load_family
 from emberfed.models.gating import Rescale
 from emberfed.models.loading import load
 from emberfed.models.quantised import quantise_experts
-from emberfed.models.sparse_model import ModelShape, SparseBlock, SparseModel
+from emberfed.models.foundation_model import ModelShape, SparseBlock, FoundationModel
 
 VARIANTS = [variant for variants in FAMILY_VARIANTS.values() for variant in variants]
 DENSE_LAYERS = {
@@ -73,7 +73,7 @@ def folder(variant: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> SparseModel:
+def model(folder: Path) -> FoundationModel:
     return load(ModelConfig(path=str(folder)))[0]
 
 
@@ -102,7 +102,7 @@ def routed(block: SparseBlock, hidden: torch.Tensor) -> tuple[torch.Tensor, torc
     return weights, index
 
 
-def traces(model: SparseModel) -> tuple[Any, ...]:
+def traces(model: FoundationModel) -> tuple[Any, ...]:
     """Every place that holds K, and the hooks."""
     return (
         [block.router.top_k for block in model.blocks],
@@ -115,7 +115,7 @@ def traces(model: SparseModel) -> tuple[Any, ...]:
     )
 
 
-def some_top_ks(model: SparseModel) -> list[int]:
+def some_top_ks(model: FoundationModel) -> list[int]:
     return sorted({1, model.native_top_k, model.largest_top_k})
 
 
@@ -123,13 +123,13 @@ def test_every_family_has_a_tiny_model() -> None:
     assert sorted(FAMILY_VARIANTS) == list(families())
 
 
-def test_logits_are_transformers_own(folder: Path, model: SparseModel) -> None:
+def test_logits_are_transformers_own(folder: Path, model: FoundationModel) -> None:
     ids = token_ids(2, 16)
     expected = logits(theirs(folder, model.native_top_k), ids)
     torch.testing.assert_close(logits(model.lm, ids), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_another_k_is_a_checkpoint_of_that_k(folder: Path, model: SparseModel) -> None:
+def test_another_k_is_a_checkpoint_of_that_k(folder: Path, model: FoundationModel) -> None:
     ids = token_ids(2, 16)
     # A router that ignores its K has no such checkpoints; what it computes at another K is tested below.
     for top_k in some_top_ks(model) if model.family.fixed is None else [model.native_top_k]:
@@ -138,7 +138,7 @@ def test_another_k_is_a_checkpoint_of_that_k(folder: Path, model: SparseModel) -
             torch.testing.assert_close(logits(model.lm, ids), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_native_k_keeps_every_bit(variant: str, model: SparseModel) -> None:
+def test_native_k_keeps_every_bit(variant: str, model: FoundationModel) -> None:
     ids = token_ids(2, 16)
     expected = logits(model.lm, ids)
     rescales: tuple[Rescale, ...] = ("none", "static", "mass") if variant in PLAIN else ("none",)
@@ -148,7 +148,7 @@ def test_native_k_keeps_every_bit(variant: str, model: SparseModel) -> None:
 
 
 @pytest.mark.parametrize("counted_first", [True, False])
-def test_counts_sum_to_real_tokens_times_k(model: SparseModel, counted_first: bool) -> None:
+def test_counts_sum_to_real_tokens_times_k(model: FoundationModel, counted_first: bool) -> None:
     mask = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
     ids = token_ids(2, 12) * mask
     for top_k in some_top_ks(model):
@@ -163,7 +163,7 @@ def test_counts_sum_to_real_tokens_times_k(model: SparseModel, counted_first: bo
         assert counter.counts.max() <= 19, "an expert was picked twice for a token"
 
 
-def test_one_setter_changes_k_everywhere_and_back(model: SparseModel) -> None:
+def test_one_setter_changes_k_everywhere_and_back(model: FoundationModel) -> None:
     ids = token_ids(1, 8)
     outside, expected = traces(model), logits(model.lm, ids)
     with model.active_experts(1, "renormalised"):
@@ -194,7 +194,7 @@ def balance(all_logits: tuple[torch.Tensor, ...], top_k: int, mask: list[int]) -
     return experts * sum(pick * share for pick, share in zip(picks, probability, strict=True))
 
 
-def test_the_auxiliary_loss_uses_the_active_k(model: SparseModel) -> None:
+def test_the_auxiliary_loss_uses_the_active_k(model: FoundationModel) -> None:
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
     ids = token_ids(2, 9) * mask
     for top_k in some_top_ks(model):
@@ -207,7 +207,9 @@ def test_the_auxiliary_loss_uses_the_active_k(model: SparseModel) -> None:
         assert output.aux_loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_renormalised_weights_sum_to_the_familys_scale(variant: str, model: SparseModel, hidden: torch.Tensor) -> None:
+def test_renormalised_weights_sum_to_the_familys_scale(
+    variant: str, model: FoundationModel, hidden: torch.Tensor
+) -> None:
     for top_k in range(1, model.largest_top_k + 1):
         with model.active_experts(top_k):
             native, native_index = routed(model.blocks[0], hidden)
@@ -219,7 +221,7 @@ def test_renormalised_weights_sum_to_the_familys_scale(variant: str, model: Spar
         torch.testing.assert_close(weights * native.sum(-1, keepdim=True), native * SCALE.get(variant, 1.0))
 
 
-def test_the_native_gate_is_what_the_family_says(variant: str, model: SparseModel, hidden: torch.Tensor) -> None:
+def test_the_native_gate_is_what_the_family_says(variant: str, model: FoundationModel, hidden: torch.Tensor) -> None:
     assert model.blocks[0].native_gate == ("plain" if variant in PLAIN else "renormalised")
     with model.active_experts(1):
         alone, _ = routed(model.blocks[0], hidden)
@@ -227,7 +229,7 @@ def test_the_native_gate_is_what_the_family_says(variant: str, model: SparseMode
     assert same == (variant not in PLAIN)
 
 
-def test_rescaling(variant: str, model: SparseModel, hidden: torch.Tensor) -> None:
+def test_rescaling(variant: str, model: FoundationModel, hidden: torch.Tensor) -> None:
     if variant not in PLAIN:
         with pytest.raises(ConfigError, match="rescale 'mass'"), model.active_experts(1, rescale="mass"):
             pass
@@ -249,7 +251,7 @@ def test_rescaling(variant: str, model: SparseModel, hidden: torch.Tensor) -> No
         assert block.router.top_k == model.native_top_k
 
 
-def test_impossible_top_k(variant: str, model: SparseModel) -> None:
+def test_impossible_top_k(variant: str, model: FoundationModel) -> None:
     largest = LARGEST.get(variant, 8)
     assert model.largest_top_k == largest
     for top_k in (0, model.num_experts + 1):
@@ -266,7 +268,7 @@ def test_impossible_top_k(variant: str, model: SparseModel) -> None:
 
 @pytest.mark.parametrize("name", [name for name in LARGEST if LARGEST[name] == 4])
 def test_all_experts_of_the_chosen_groups_can_be_active(name: str, hidden: torch.Tensor) -> None:
-    model = SparseModel(tiny_family_lm(name))
+    model = FoundationModel(tiny_family_lm(name))
     with model.active_experts(4):
         weights, index = routed(model.blocks[0], hidden)
     assert (weights > 0).all()
@@ -275,7 +277,7 @@ def test_all_experts_of_the_chosen_groups_can_be_active(name: str, hidden: torch
         assert len({expert // 2 for expert in experts}) == 2
 
 
-def test_greedy_generation_with_a_cache_at_k_1(model: SparseModel) -> None:
+def test_greedy_generation_with_a_cache_at_k_1(model: FoundationModel) -> None:
     ids = token_ids(2, 5)
     with model.active_experts(1), model.count_activations() as counter:
         found = model.lm.generate(
@@ -289,7 +291,7 @@ def test_greedy_generation_with_a_cache_at_k_1(model: SparseModel) -> None:
     assert torch.equal(found, ids)
 
 
-def test_sizes(variant: str, model: SparseModel) -> None:
+def test_sizes(variant: str, model: FoundationModel) -> None:
     shape = model.shape
     layers = shape.num_layers
     dense = DENSE_LAYERS.get(variant, ())
@@ -301,7 +303,7 @@ def test_sizes(variant: str, model: SparseModel) -> None:
     assert counted_parameters(shape, model) == shape.parameters
 
 
-def counted_parameters(shape: ModelShape, model: SparseModel) -> int:
+def counted_parameters(shape: ModelShape, model: FoundationModel) -> int:
     """All parameters, from the sizes; what sizes leave out (norms, biases, sinks, extra gates) by their names."""
     attention = sum(rows * columns for rows, columns in shape.attention.values())
     expert = 3 * shape.hidden * shape.expert_intermediate
@@ -319,13 +321,13 @@ def counted_parameters(shape: ModelShape, model: SparseModel) -> int:
 
 def test_weights_in_fewer_bits_count_as_parameters() -> None:
     lm = tiny_family_lm("gpt_oss")
-    expected = SparseModel(lm).shape.parameters
+    expected = FoundationModel(lm).shape.parameters
     quantise_experts(lm, 8)
     assert sum(parameter.numel() for parameter in lm.parameters()) < expected
-    assert SparseModel(lm).shape.parameters == expected
+    assert FoundationModel(lm).shape.parameters == expected
 
 
-def test_attention_linears_are_all_linears_of_the_attention(model: SparseModel) -> None:
+def test_attention_linears_are_all_linears_of_the_attention(model: FoundationModel) -> None:
     listed = {id(getattr(module, name)) for module, name in model.attention_linears().values()}
     there = {
         id(module)
@@ -340,7 +342,7 @@ def test_attention_linears_are_all_linears_of_the_attention(model: SparseModel) 
     assert sizes["o_proj"] == (32, 4 * model.shape.v_head_dim)
 
 
-def test_shared_linears_are_what_every_token_goes_through(variant: str, model: SparseModel) -> None:
+def test_shared_linears_are_what_every_token_goes_through(variant: str, model: FoundationModel) -> None:
     linears = model.shared_linears()
     size = SHARED_INTERMEDIATE.get(variant, 0)
     assert {layer for layer, _ in linears} == (set(model.shape.sparse_layers) if size else set())
@@ -354,9 +356,9 @@ def test_shared_linears_are_what_every_token_goes_through(variant: str, model: S
 
 def test_a_router_that_cannot_do_what_the_config_says_is_refused() -> None:
     with pytest.raises(ModelError, match="num_experts_per_tok is 1 .* phimoe .* pick 2 experts.*set it to 2"):
-        SparseModel(tiny_family_lm("phimoe", num_experts_per_tok=1))
+        FoundationModel(tiny_family_lm("phimoe", num_experts_per_tok=1))
     with pytest.raises(ModelError, match="num_experts_per_tok is 6 .* deepseek_v3 .* can pick 1 to 4"):
-        SparseModel(tiny_family_lm("deepseek_v3", num_experts_per_tok=6))
+        FoundationModel(tiny_family_lm("deepseek_v3", num_experts_per_tok=6))
 
 
 def test_a_model_that_is_not_what_the_record_says_is_refused_by_path(variant: str) -> None:
@@ -364,10 +366,10 @@ def test_a_model_that_is_not_what_the_record_says_is_refused_by_path(variant: st
     last = tiny_family_lm(variant).config.num_hidden_layers - 1
     where = rf"model\.layers\.{last}\.{block}"
 
-    def broken(change: Any) -> SparseModel:
+    def broken(change: Any) -> FoundationModel:
         lm: Any = tiny_family_lm(variant)
         change(lm.model.layers[last])
-        return SparseModel(lm)
+        return FoundationModel(lm)
 
     with pytest.raises(ModelError, match=rf"{where} has experts, but no router .* at {where}\.{router}"):
         broken(lambda layer: delattr(getattr(layer, block), router))
@@ -386,7 +388,7 @@ def test_a_causal_model_of_other_parts_is_refused() -> None:
     lm.model.blocks = lm.model.layers
     del lm.model.layers
     with pytest.raises(ModelError, match=r"no model\.layers: not a mixtral model"):
-        SparseModel(lm)
+        FoundationModel(lm)
 
 
 @pytest.mark.parametrize(

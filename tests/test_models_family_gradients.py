@@ -15,7 +15,7 @@ from builders import FAMILY_VARIANTS, tiny_family_lm, token_ids
 from torch.func import functional_call
 
 from emberfed.models import lora
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 VARIANTS = [variant for variants in FAMILY_VARIANTS.values() for variant in variants]
 RANK, ALPHA = 3, 5.0
@@ -23,7 +23,7 @@ CONFIG = lora.LoraConfig(rank=RANK, alpha=ALPHA, attention=False)
 Tensors = dict[str, torch.Tensor]
 
 
-def adapter(model: SparseModel) -> Tensors:
+def adapter(model: FoundationModel) -> Tensors:
     """Random LoRA on all experts, loud enough to matter."""
     generator = torch.Generator().manual_seed(2)
     fresh = lora.initial(model, CONFIG, generator)
@@ -36,7 +36,7 @@ def loss(lm: Any) -> torch.Tensor:
     return answer
 
 
-def adapted_weights(lm: Any, model: SparseModel, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def adapted_weights(lm: Any, model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Dense adapted weights by parameter name: (E, out, in), or (E, in, out) and gate and up alternating in GPT-OSS."""
     paths = {id(module): path for path, module in model.lm.named_modules()}
     own = dict(lm.named_parameters())
@@ -61,7 +61,7 @@ def adapted_weights(lm: Any, model: SparseModel, tensors: Mapping[str, torch.Ten
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_dense_adapted_experts(variant: str) -> None:
-    model = SparseModel(tiny_family_lm(variant))
+    model = FoundationModel(tiny_family_lm(variant))
     start = adapter(model)
     with lora.attached(model, start, ALPHA) as attached:
         ours = loss(model.lm)

@@ -15,7 +15,7 @@ from transformers.models.phimoe import modeling_phimoe
 
 from emberfed.models.families.phimoe import sparsemixer
 from emberfed.models.gating import mass_of, with_mass
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 
 def test_by_hand() -> None:
@@ -98,7 +98,7 @@ def test_sparsemixer_is_the_definition_and_transformers_own_at_two(
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_phimoe_at_another_k_computes_the_mixers_picks(top_k: int) -> None:
-    model = SparseModel(tiny_family_lm("phimoe"))
+    model = FoundationModel(tiny_family_lm("phimoe"))
     seen: list[tuple[torch.Tensor, ...]] = []
     hook = model.blocks[0].experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     with torch.no_grad(), model.active_experts(top_k):

@@ -15,7 +15,7 @@ from builders import FAMILY_VARIANTS, tiny_family_lm, tiny_model, token_ids
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models import lora, peft_layout
 from emberfed.models.lora import Adapter, LoraConfig
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.sections import validate
 
 ALPHA = 16.0
@@ -23,7 +23,7 @@ EVERYTHING = LoraConfig(rank=3, router=True)
 Tensors = dict[str, torch.Tensor]
 
 
-def initial(model: SparseModel, config: LoraConfig = EVERYTHING, seed: int = 0) -> Tensors:
+def initial(model: FoundationModel, config: LoraConfig = EVERYTHING, seed: int = 0) -> Tensors:
     return lora.initial(model, config, torch.Generator().manual_seed(seed))
 
 
@@ -33,13 +33,13 @@ def noisy(tensors: Tensors, seed: int = 1) -> Tensors:
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
 
 
-def logits(model: SparseModel) -> torch.Tensor:
+def logits(model: FoundationModel) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model.lm(input_ids=token_ids(2, 10)).logits
     return result
 
 
-def fingerprint(model: SparseModel) -> tuple[Any, ...]:
+def fingerprint(model: FoundationModel) -> tuple[Any, ...]:
     """Everything of the base: tensors bit by bit, which objects, gradients, modules, hooks, modes."""
     digest = hashlib.sha256()
     for _, tensor in sorted(model.lm.state_dict().items()):
@@ -62,7 +62,7 @@ def fingerprint(model: SparseModel) -> tuple[Any, ...]:
 
 
 def train_step(
-    model: SparseModel, adapter: Adapter, optimizer: torch.optim.Optimizer, groups: Any, seed: int
+    model: FoundationModel, adapter: Adapter, optimizer: torch.optim.Optimizer, groups: Any, seed: int
 ) -> tuple[torch.Tensor, Tensors]:
     """One step on few tokens; returns who was touched and the gradients."""
     ids = token_ids(1, 3, seed)
@@ -248,7 +248,7 @@ def test_a_part_can_be_trained() -> None:
 
 
 def test_shared_experts() -> None:
-    model = SparseModel(tiny_family_lm("deepseek_v3"))
+    model = FoundationModel(tiny_family_lm("deepseek_v3"))
     before = fingerprint(model)
     assert not [name for name in initial(model) if "shared_experts" in name]
     config = LoraConfig(rank=3, attention=False, experts=False, shared_experts=True)
@@ -275,7 +275,7 @@ def test_shared_experts() -> None:
 
 @pytest.mark.parametrize("name", FAMILY_VARIANTS)
 def test_every_family_takes_a_whole_adapter(name: str) -> None:
-    model = SparseModel(tiny_family_lm(name))
+    model = FoundationModel(tiny_family_lm(name))
     before = fingerprint(model)
     tensors = initial(model, LoraConfig(rank=2, router=True, shared_experts=bool(model.shared_linears())))
     expected = logits(model)
@@ -290,7 +290,7 @@ def test_every_family_takes_a_whole_adapter(name: str) -> None:
     assert fingerprint(model) == before
 
 
-def saved(model: SparseModel, tensors: Tensors, folder: Path, alpha: float = ALPHA) -> str:
+def saved(model: FoundationModel, tensors: Tensors, folder: Path, alpha: float = ALPHA) -> str:
     for name, data in peft_layout.to_files(tensors, alpha, model).items():
         (folder / name).write_bytes(data)
     return str(folder)
@@ -496,7 +496,7 @@ def test_bfloat16_base_has_a_float32_adapter() -> None:
     assert similarity > 0.98
 
 
-def fingerprint_dtypes(model: SparseModel) -> list[tuple[str, int, torch.dtype, bool]]:
+def fingerprint_dtypes(model: FoundationModel) -> list[tuple[str, int, torch.dtype, bool]]:
     return [(name, id(value), value.dtype, value.requires_grad) for name, value in model.lm.named_parameters()]
 
 

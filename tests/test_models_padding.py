@@ -6,7 +6,7 @@ import torch
 from builders import tiny_model, token_ids
 
 from emberfed.models import lora
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 
 def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +17,7 @@ def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return ids * mask, mask
 
 
-def routed_rows(model: SparseModel, ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+def routed_rows(model: FoundationModel, ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
     """(token, slot) pairs that really go to an expert, layer by layer."""
     rows: list[int] = []
     hooks = [

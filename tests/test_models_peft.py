@@ -19,7 +19,7 @@ from emberfed.models import lora, peft_layout
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import load
 from emberfed.models.lora import LoraConfig
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 ALPHA = 7.0
 Tensors = dict[str, torch.Tensor]
@@ -40,12 +40,12 @@ CONFIGS = {
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
-def loaded(folder: Path) -> SparseModel:
+def loaded(folder: Path) -> FoundationModel:
     return load(ModelConfig(path=str(folder), device="cpu"))[0]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_folder: Path) -> SparseModel:
+def model(tiny_model_folder: Path) -> FoundationModel:
     return loaded(tiny_model_folder)
 
 
@@ -56,7 +56,7 @@ def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def family_model(family_folder: Path) -> SparseModel:
+def family_model(family_folder: Path) -> FoundationModel:
     return loaded(family_folder)
 
 
@@ -66,11 +66,11 @@ def moved(tensors: Tensors, seed: int = 0) -> Tensors:
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
 
 
-def adapter(model: SparseModel, config: LoraConfig, seed: int = 0) -> Tensors:
+def adapter(model: FoundationModel, config: LoraConfig, seed: int = 0) -> Tensors:
     return moved(lora.initial(model, config, torch.Generator().manual_seed(seed)), seed)
 
 
-def everything(model: SparseModel, rank: int = 3) -> LoraConfig:
+def everything(model: FoundationModel, rank: int = 3) -> LoraConfig:
     return LoraConfig(rank=rank, router=True, shared_experts=bool(model.shared_linears()))
 
 
@@ -95,7 +95,7 @@ def by_peft(base: Path, folder: Path) -> torch.Tensor:
     return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
 
 
-def by_us(model: SparseModel, tensors: Tensors, alpha: float = ALPHA) -> torch.Tensor:
+def by_us(model: FoundationModel, tensors: Tensors, alpha: float = ALPHA) -> torch.Tensor:
     with lora.attached(model, tensors, alpha):
         return logits(model.lm)
 
@@ -129,7 +129,7 @@ def made_by_peft(base: Path, folder: Path, seed: int = 0, **options: Any) -> tor
 
 
 def test_plain_peft_computes_the_same_and_what_it_saves_reads_back(
-    family_model: SparseModel, family_folder: Path, tmp_path: Path
+    family_model: FoundationModel, family_folder: Path, tmp_path: Path
 ) -> None:
     tensors = adapter(family_model, everything(family_model))
     folder = write(peft_layout.to_files(tensors, ALPHA, family_model), tmp_path / "ours")
@@ -143,7 +143,7 @@ def test_plain_peft_computes_the_same_and_what_it_saves_reads_back(
 
 
 def test_plain_peft_computes_the_same_without_attention(
-    family_model: SparseModel, family_folder: Path, tmp_path: Path
+    family_model: FoundationModel, family_folder: Path, tmp_path: Path
 ) -> None:
     tensors = adapter(family_model, LoraConfig(rank=2, attention=False), seed=1)
     folder = write(peft_layout.to_files(tensors, ALPHA, family_model), tmp_path)
@@ -161,7 +161,7 @@ KINDS: dict[str, tuple[bool, list[str]]] = {
 
 @pytest.mark.parametrize(("attention", "parameters"), KINDS.values(), ids=KINDS)
 def test_adapters_of_pefts_own_making(
-    family_model: SparseModel, family_folder: Path, tmp_path: Path, attention: bool, parameters: list[str]
+    family_model: FoundationModel, family_folder: Path, tmp_path: Path, attention: bool, parameters: list[str]
 ) -> None:
     modules = sorted({name for _, name in family_model.attention_linears()}) if attention else []
     expected = made_by_peft(family_folder, tmp_path, target_modules=modules, target_parameters=parameters or None)
@@ -178,7 +178,7 @@ def test_adapters_of_pefts_own_making(
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_round_trip_keeps_every_bit(model: SparseModel, config: LoraConfig, tmp_path: Path) -> None:
+def test_round_trip_keeps_every_bit(model: FoundationModel, config: LoraConfig, tmp_path: Path) -> None:
     tensors = adapter(model, config)
     kept = {name: value.clone() for name, value in tensors.items()}
     files = peft_layout.to_files(tensors, ALPHA, model)
@@ -187,7 +187,7 @@ def test_round_trip_keeps_every_bit(model: SparseModel, config: LoraConfig, tmp_
     assert all(torch.equal(tensors[name], kept[name]) for name in kept)
 
 
-def test_a_fresh_adapter_survives(model: SparseModel, tmp_path: Path) -> None:
+def test_a_fresh_adapter_survives(model: FoundationModel, tmp_path: Path) -> None:
     tensors = lora.initial(model, LoraConfig(rank=3, router=True), torch.Generator().manual_seed(0))
     assert_same(peft_layout.from_peft(write(peft_layout.to_files(tensors, ALPHA, model), tmp_path), model), tensors)
 
@@ -205,7 +205,7 @@ PARTS = {
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_any_part_of_an_adapter(
-    model: SparseModel, tiny_model_folder: Path, tmp_path: Path, parts: tuple[str, ...]
+    model: FoundationModel, tiny_model_folder: Path, tmp_path: Path, parts: tuple[str, ...]
 ) -> None:
     tensors = only(adapter(model, LoraConfig(rank=3, router=True)), *parts)
     folder = write(peft_layout.to_files(tensors, ALPHA, model), tmp_path)
@@ -214,7 +214,7 @@ def test_any_part_of_an_adapter(
 
 
 def test_without_attention_peft_warns_wrongly_and_computes_the_same(
-    model: SparseModel, tiny_model_folder: Path, tmp_path: Path
+    model: FoundationModel, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     tensors = adapter(model, LoraConfig(rank=3, attention=False))
     folder = write(peft_layout.to_files(tensors, ALPHA, model), tmp_path)
@@ -226,7 +226,7 @@ def test_without_attention_peft_warns_wrongly_and_computes_the_same(
     assert_close(found, by_us(model, tensors))
 
 
-def test_ranks_that_differ_by_layer_and_matrix(model: SparseModel, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_ranks_that_differ_by_layer_and_matrix(model: FoundationModel, tiny_model_folder: Path, tmp_path: Path) -> None:
     low, high = adapter(model, LoraConfig(rank=2)), adapter(model, LoraConfig(rank=5))
     tensors = {name: high[name] if "layers.1" in name or "down_proj" in name else low[name] for name in low}
     folder = write(peft_layout.to_files(tensors, ALPHA, model), tmp_path)
@@ -234,7 +234,7 @@ def test_ranks_that_differ_by_layer_and_matrix(model: SparseModel, tiny_model_fo
     assert_same(peft_layout.from_peft(folder, model), tensors)
 
 
-def test_gate_and_up_of_different_rank(model: SparseModel, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_gate_and_up_of_different_rank(model: FoundationModel, tiny_model_folder: Path, tmp_path: Path) -> None:
     low, high = adapter(model, LoraConfig(rank=2)), adapter(model, LoraConfig(rank=5))
     tensors = {name: high[name] if "up_proj" in name else low[name] for name in low}
     folder = write(peft_layout.to_files(tensors, ALPHA, model), tmp_path)
@@ -264,7 +264,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options_of_peft(model: SparseModel, tiny_model_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_options_of_peft(
+    model: FoundationModel, tiny_model_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
     usual = {
         "target_modules": ["q_proj", "k_proj", "v_proj"],
         "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
@@ -275,7 +277,7 @@ def test_options_of_peft(model: SparseModel, tiny_model_folder: Path, tmp_path: 
 
 
 def test_a_lora_that_mixes_gate_and_up_is_both_of_the_whole_rank(
-    model: SparseModel, tiny_model_folder: Path, tmp_path: Path
+    model: FoundationModel, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     made_by_peft(tiny_model_folder, tmp_path, target_parameters=["experts.gate_up_proj"])
     tensors, alpha = peft_layout.from_peft(tmp_path, model)
@@ -284,7 +286,7 @@ def test_a_lora_that_mixes_gate_and_up_is_both_of_the_whole_rank(
     assert tensors["layers.0.experts.up_proj.lora_B"].shape == (8, 16, 3)
 
 
-def test_layout_by_hand(model: SparseModel) -> None:
+def test_layout_by_hand(model: FoundationModel) -> None:
     tensors = adapter(model, LoraConfig(rank=3))
     config, converted = peft_layout.to_peft(tensors, ALPHA, model, "some/base")
     assert config["base_model_name_or_path"] == "some/base"
@@ -307,7 +309,7 @@ def test_layout_by_hand(model: SparseModel) -> None:
     assert torch.equal(down[:, rank * 8 + expert], tensors[f"{path}.down_proj.lora_B"][expert, :, rank])
 
 
-def test_targets_name_layers_only_where_some_are_left_out(model: SparseModel) -> None:
+def test_targets_name_layers_only_where_some_are_left_out(model: FoundationModel) -> None:
     tensors = only(adapter(model, LoraConfig(rank=3)), "q_proj", "0.self_attn.v_proj", "1.experts.down_proj")
     config, converted = peft_layout.to_peft(tensors, ALPHA, model, "some/base")
     assert config["target_modules"] == ["layers.0.self_attn.v_proj", "self_attn.q_proj"]
@@ -315,7 +317,7 @@ def test_targets_name_layers_only_where_some_are_left_out(model: SparseModel) ->
     assert "base_model.model.model.layers.1.mlp.experts.lora_A.weight" in converted
 
 
-def test_what_cannot_be_written(model: SparseModel) -> None:
+def test_what_cannot_be_written(model: FoundationModel) -> None:
     with pytest.raises(ModelError, match="without LoRA"):
         peft_layout.to_files({}, ALPHA, model)
     with pytest.raises(ModelError, match="without LoRA"):

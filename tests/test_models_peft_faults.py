@@ -16,18 +16,18 @@ from emberfed.models import lora, peft_layout
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import load
 from emberfed.models.lora import LoraConfig
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 ALPHA = 7.0
 Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_folder: Path) -> SparseModel:
+def model(tiny_model_folder: Path) -> FoundationModel:
     return load(ModelConfig(path=str(tiny_model_folder), device="cpu"))[0]
 
 
-def written(model: SparseModel, folder: Path) -> Path:
+def written(model: FoundationModel, folder: Path) -> Path:
     """Write an adapter of everything, with no value zero."""
     generator = torch.Generator().manual_seed(0)
     fresh = lora.initial(model, LoraConfig(rank=3, router=True), generator)
@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], Tensors] | None, st
 
 @pytest.mark.parametrize(("config", "tensors", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_read(
-    model: SparseModel,
+    model: FoundationModel,
     tmp_path: Path,
     config: dict[str, Any],
     tensors: Callable[[Tensors], Tensors] | None,
@@ -136,7 +136,7 @@ def test_what_cannot_be_read(
     assert "\n" not in str(raised.value)
 
 
-def test_unreadable_folders(model: SparseModel, tmp_path: Path) -> None:
+def test_unreadable_folders(model: FoundationModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a readable PEFT adapter"):
         peft_layout.from_peft(tmp_path, model)
     (tmp_path / peft_layout.CONFIG_FILE).write_text("{}")
@@ -154,14 +154,16 @@ FOREIGN_FORMATS = [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "
 
 @pytest.mark.parametrize(("dtype", "name"), FOREIGN_FORMATS)
 @pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning")
-def test_number_formats_that_are_no_weights(model: SparseModel, tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+def test_number_formats_that_are_no_weights(
+    model: FoundationModel, tmp_path: Path, dtype: torch.dtype, name: str
+) -> None:
     folder = edited(written(model, tmp_path), tensors=cast(dtype))
     with pytest.raises(ModelError, match=rf"is stored as {name}; expected one of F64, F32, F16, BF16"):
         peft_layout.from_peft(folder, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_number_formats_that_are(model: SparseModel, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_number_formats_that_are(model: FoundationModel, tmp_path: Path, dtype: torch.dtype) -> None:
     whole, _ = peft_layout.from_peft(written(model, tmp_path), model)
     found, alpha = peft_layout.from_peft(edited(tmp_path, tensors=cast(dtype)), model)
     assert alpha == ALPHA
@@ -170,14 +172,14 @@ def test_number_formats_that_are(model: SparseModel, tmp_path: Path, dtype: torc
         torch.testing.assert_close(tensor, whole[name].to(dtype).float(), rtol=0, atol=0)
 
 
-def test_numbers_that_float32_cannot_hold(model: SparseModel, tmp_path: Path) -> None:
+def test_numbers_that_float32_cannot_hold(model: FoundationModel, tmp_path: Path) -> None:
     folder = edited(written(model, tmp_path), tensors=lambda t: {name: x.double() * 1e300 for name, x in t.items()})
     with pytest.raises(ModelError, match=r"'layers\.0\..*' holds values that are not finite in float32"):
         peft_layout.from_peft(folder, model)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "NaN", "", "{", "[" * 100_000, "\0"], ids=lambda text: text[:4])
-def test_configurations_that_are_none(model: SparseModel, tmp_path: Path, text: str) -> None:
+def test_configurations_that_are_none(model: FoundationModel, tmp_path: Path, text: str) -> None:
     (written(model, tmp_path) / peft_layout.CONFIG_FILE).write_text(text)
     with pytest.raises(ModelError, match="not the configuration of a LoRA|is not a readable PEFT adapter") as raised:
         peft_layout.from_peft(tmp_path, model)

@@ -26,7 +26,7 @@ from emberfed.models.quantised import (
     default_group_size,
     quantise_experts,
 )
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 BITS: tuple[Bits, ...] = (4, 8)
 both = pytest.mark.parametrize("bits", BITS)
@@ -211,7 +211,7 @@ def test_group_sizes_that_do_not_divide(size: int) -> None:
         QuantisedWeight.quantise(weights(1, 2, 32), 4, group_size=size)
 
 
-def restored_twin(seed: int, bits: Bits) -> tuple[SparseModel, SparseModel]:
+def restored_twin(seed: int, bits: Bits) -> tuple[FoundationModel, FoundationModel]:
     """A quantised model, and one that holds in float32 what the quantised weights stand for."""
     quantised, plain = tiny_lm(seed), tiny_lm(seed)
     quantise_experts(quantised, bits)
@@ -219,7 +219,7 @@ def restored_twin(seed: int, bits: Bits) -> tuple[SparseModel, SparseModel]:
         for name in EXPERT_WEIGHTS:
             stack = getattr(layer.mlp.experts, name).dequantised(torch.float32)
             setattr(twin.mlp.experts, name, nn.Parameter(stack))
-    return SparseModel(quantised), SparseModel(plain)
+    return FoundationModel(quantised), FoundationModel(plain)
 
 
 @both
@@ -254,7 +254,7 @@ def test_models_that_cannot_be_quantised() -> None:
         quantise_experts(tiny_lm(intermediate_size=6), 4)
 
 
-def trained(model: SparseModel) -> dict[str, torch.Tensor]:
+def trained(model: FoundationModel) -> dict[str, torch.Tensor]:
     """Logits with a noisy adapter attached, and the gradient of each of its tensors."""
     generator = torch.Generator().manual_seed(5)
     values = lora.initial(model, LoraConfig(rank=3, router=True), generator)
@@ -293,7 +293,7 @@ def test_error_of_logits(bits: Bits, bound: float) -> None:
     quantise_experts(quantised, bits)
     with torch.no_grad():
         expected = exact.lm(input_ids=ids).logits
-        error = SparseModel(quantised).lm(input_ids=ids).logits - expected
+        error = FoundationModel(quantised).lm(input_ids=ids).logits - expected
     assert 0 < error.norm() / expected.norm() < bound
 
 

@@ -18,7 +18,7 @@ from emberfed.costs import Work, training_flops
 from emberfed.data.tokenise import Example, Shard, ShardReport, collate
 from emberfed.errors import ClientError
 from emberfed.models import lora
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig, learning_rate, response_loss, step_count
 
@@ -38,17 +38,17 @@ def shard(examples: int = 10, seed: int = 0) -> Shard:
 
 
 @pytest.fixture(scope="module")
-def model() -> SparseModel:
+def model() -> FoundationModel:
     return tiny_model()
 
 
 @pytest.fixture(scope="module")
-def start(model: SparseModel) -> dict[str, torch.Tensor]:
+def start(model: FoundationModel) -> dict[str, torch.Tensor]:
     return lora.initial(model, lora.LoraConfig(rank=2, alpha=4), SEEDS.torch("adapter"))
 
 
 def trained(
-    model: SparseModel, start: dict[str, torch.Tensor], top_k: int = 2, data: Shard | None = None, **options: Any
+    model: FoundationModel, start: dict[str, torch.Tensor], top_k: int = 2, data: Shard | None = None, **options: Any
 ) -> tuple[dict[str, torch.Tensor], list[events.Event]]:
     heard: list[events.Event] = []
     trainer = Trainer(TrainingConfig.model_validate({"batch_size": 4, "learning_rate": 0.01, **options}), heard.append)
@@ -58,7 +58,7 @@ def trained(
 
 
 def slow_training(
-    model: SparseModel, start: dict[str, torch.Tensor], top_k: int, config: TrainingConfig
+    model: FoundationModel, start: dict[str, torch.Tensor], top_k: int, config: TrainingConfig
 ) -> dict[str, torch.Tensor]:
     """One example at a time, one torch Adam per expert, full logits, written as plainly as possible."""
     data = shard()
@@ -107,7 +107,7 @@ def slow_training(
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_training_is_the_slow_loop(model: SparseModel, start: dict[str, torch.Tensor], top_k: int) -> None:
+def test_training_is_the_slow_loop(model: FoundationModel, start: dict[str, torch.Tensor], top_k: int) -> None:
     options: dict[str, Any] = {"local_epochs": 2, "max_grad_norm": 0.05, "schedule": "cosine", "warmup_steps": 1}
     options |= {"round_decay": 0.5, "betas": (0.5, 0.9), "epsilon": 1e-3}
     fast, _ = trained(model, start, top_k, **options)
@@ -119,7 +119,7 @@ def test_training_is_the_slow_loop(model: SparseModel, start: dict[str, torch.Te
         assert not torch.equal(fast[name], start[name]), name
 
 
-def test_response_loss_is_the_mean_over_targets_only(model: SparseModel) -> None:
+def test_response_loss_is_the_mean_over_targets_only(model: FoundationModel) -> None:
     batch = collate(shard().examples, 0)
     with torch.no_grad():
         loss, auxiliary, head_tokens = response_loss(model, batch)
@@ -132,7 +132,7 @@ def test_response_loss_is_the_mean_over_targets_only(model: SparseModel) -> None
     assert head_tokens == len(batch.labels) * int((batch.labels[:, 1:] != -100).any(dim=0).sum())
 
 
-def test_the_models_balance_loss_is_added_at_the_present_k(model: SparseModel) -> None:
+def test_the_models_balance_loss_is_added_at_the_present_k(model: FoundationModel) -> None:
     batch = collate(shard().examples, 0)
     with torch.no_grad(), model.active_experts(3):
         _, auxiliary, _ = response_loss(model, batch, router_aux_loss_coef=0.5)
@@ -143,7 +143,7 @@ def test_the_models_balance_loss_is_added_at_the_present_k(model: SparseModel) -
 
 @pytest.mark.parametrize("option", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"gradient_checkpointing": True}])
 def test_what_saves_memory_does_not_change_the_result(
-    model: SparseModel, start: dict[str, torch.Tensor], option: dict[str, Any]
+    model: FoundationModel, start: dict[str, torch.Tensor], option: dict[str, Any]
 ) -> None:
     plain, plain_events = trained(model, start)
     saved, saved_events = trained(model, start, **option)
@@ -154,7 +154,7 @@ def test_what_saves_memory_does_not_change_the_result(
 
 
 def test_weight_decay_and_momentum_leave_untouched_experts_alone(
-    model: SparseModel, start: dict[str, torch.Tensor]
+    model: FoundationModel, start: dict[str, torch.Tensor]
 ) -> None:
     trainer = Trainer(TrainingConfig(optimizer="adamw", weight_decay=0.5, batch_size=2, learning_rate=0.01))
     with model.active_experts(1), lora.attached(model, start, 4.0) as adapter:
@@ -169,7 +169,7 @@ def test_weight_decay_and_momentum_leave_untouched_experts_alone(
                 assert torch.equal(after[name][expert], start[name][expert])
 
 
-def test_stats_are_counted(model: SparseModel, start: dict[str, torch.Tensor]) -> None:
+def test_stats_are_counted(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
     data = shard()
     trainer = Trainer(TrainingConfig(local_epochs=2, batch_size=4, learning_rate=0.01))
     with model.active_experts(3), lora.attached(model, start, 4.0) as adapter:
@@ -194,13 +194,13 @@ def test_stats_are_counted(model: SparseModel, start: dict[str, torch.Tensor]) -
     assert row["losses"] == [[number + 1, loss] for number, loss in enumerate(stats.losses)]
 
 
-def test_the_balance_loss_reaches_the_adapter(model: SparseModel, start: dict[str, torch.Tensor]) -> None:
+def test_the_balance_loss_reaches_the_adapter(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
     plain, _ = trained(model, start, local_epochs=2)
     balanced, _ = trained(model, start, local_epochs=2, router_aux_loss_coef=10.0)
     assert any(not torch.equal(plain[name], balanced[name]) for name in plain)
 
 
-def test_steps_are_told_and_capped(model: SparseModel, start: dict[str, torch.Tensor]) -> None:
+def test_steps_are_told_and_capped(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
     _, heard = trained(model, start, max_steps=2, local_epochs=3)
     steps = [event for event in heard if isinstance(event, events.Step)]
     assert [(event.client, event.step, event.steps) for event in steps] == [("c0", 1, 2), ("c0", 2, 2)]
@@ -216,13 +216,13 @@ def test_the_order_of_examples_is_drawn_anew_in_every_epoch() -> None:
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(example.input_ids.tolist() for example in data.examples)
 
 
-def test_a_loss_that_is_not_finite_stops_the_client(model: SparseModel, start: dict[str, torch.Tensor]) -> None:
+def test_a_loss_that_is_not_finite_stops_the_client(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
     broken = {**start, "layers.0.self_attn.q_proj.lora_B": start["layers.0.self_attn.q_proj.lora_B"] + torch.nan}
     with pytest.raises(ClientError, match=r"loss became nan at step 1 of 3; lower training.learning_rate"):
         trained(model, broken)
 
 
-def test_an_exploding_learning_rate_is_noticed(model: SparseModel, start: dict[str, torch.Tensor]) -> None:
+def test_an_exploding_learning_rate_is_noticed(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ClientError, match=r"became (nan|inf) at step \d+"):
         trained(model, start, learning_rate=1e30, max_grad_norm=None, local_epochs=5)
 
@@ -261,7 +261,7 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
         TrainingConfig.model_validate(options)
 
 
-def test_bf16_autocast_trains_close_to_fp32(model: SparseModel, start: dict[str, torch.Tensor]) -> None:
+def test_bf16_autocast_trains_close_to_fp32(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
     plain, _ = trained(model, start, max_steps=1)
     mixed, heard = trained(model, start, max_steps=1, precision="bfloat16")
     assert all(tensor.dtype == torch.float32 for tensor in mixed.values())

@@ -27,7 +27,7 @@ from emberfed.data.tokenise import Shard, check_vocabulary, tokenise
 from emberfed.errors import RunFolderError
 from emberfed.models.fingerprint import fingerprint
 from emberfed.models.loading import load as load_model
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Json
 from emberfed.rounds import Federation
 from emberfed.seeds import Seeds
@@ -40,7 +40,7 @@ from emberfed.worker import MemoryFolder, Worker
 class Material:
     """Model and data of a configuration, loaded, divided and tokenised."""
 
-    model: SparseModel
+    model: FoundationModel
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     partition: Partition
@@ -76,7 +76,7 @@ def start(config: RunConfig, path: Path, material: Material) -> RunFolder:
     Raises: RunFolderError, StorageError; ConfigError or ModelError if the adapter cannot be made.
     """
     method = config.method_type(config.method, config.adapter, Trainer(config.training))
-    method.init(material.model, Seeds(config.seed).at(purpose="init"))
+    method.init(material.model, material.budgets, Seeds(config.seed).at(purpose="init"))
     return RunFolder.create(path, config.yaml(), describe(config, path.name, material), partition_record(material))
 
 
@@ -89,7 +89,7 @@ def check_same_data(folder: RunFolder, material: Material) -> None:
         )
 
 
-def check_same_model(folder: RunFolder, model: SparseModel, ignoring: Collection[str] = ()) -> None:
+def check_same_model(folder: RunFolder, model: FoundationModel, ignoring: Collection[str] = ()) -> None:
     """Check that the base model is the one the run began with, but for some of its record's keys.
 
     Raises: RunFolderError naming what differs.
@@ -164,7 +164,7 @@ def federate(
     )
 
 
-def _identity(model: SparseModel) -> dict[str, Json]:
+def _identity(model: FoundationModel) -> dict[str, Json]:
     """Return what tells one base model from another."""
     shape = model.shape
     return {

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from emberfed.models.routed_lora import MATRICES
-from emberfed.models.sparse_model import ModelShape
+from emberfed.models.foundation_model import ModelShape
 
 
 @final

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from emberfed.costs import tensor_bytes
 from emberfed.models import lora
 from emberfed.models.footprint import memory_by_module, total
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 _FLOAT32_BYTES = 4
 _SEQUENCES = (2, 3)
@@ -107,7 +107,7 @@ class TrainingMemory:
 
 
 def training_memory(
-    model: SparseModel, adapter: Mapping[str, Tensor], step: Step, touched_LE: Tensor | None = None
+    model: FoundationModel, adapter: Mapping[str, Tensor], step: Step, touched_LE: Tensor | None = None
 ) -> TrainingMemory:
     """Return what training an adapter holds at most, with the model's present K and under the caller's autocast.
 
@@ -137,7 +137,7 @@ def training_memory(
     )
 
 
-def _moments(model: SparseModel, step: Step, saved: SavedBytes, gradients: Sequence[int]) -> tuple[int, int]:
+def _moments(model: FoundationModel, step: Step, saved: SavedBytes, gradients: Sequence[int]) -> tuple[int, int]:
     """Return the most bytes of activations, and of activations, gradients and temporary tensors together."""
     *layers, after = saved.parts(step.sequences, step.length)
     hidden = step.sequences * step.length * model.shape.hidden * model.lm.dtype.itemsize
@@ -154,13 +154,13 @@ def _moments(model: SparseModel, step: Step, saved: SavedBytes, gradients: Seque
     return max(sum(kept) + after, *present), max(earlier + backward_begins, earlier + layers_backward, optimiser)
 
 
-def _reached(model: SparseModel, step: Step) -> list[float]:
+def _reached(model: FoundationModel, step: Step) -> list[float]:
     """Return the share of experts that a router choosing uniformly reaches on average, for each layer that has them."""
     tokens = step.sequences * step.length * step.micro_batches
     return [1 - (1 - model.top_k / model.num_experts) ** tokens] * model.num_layers
 
 
-def _gradient_bytes(model: SparseModel, adapter: Mapping[str, Tensor], reached: Sequence[float]) -> list[int]:
+def _gradient_bytes(model: FoundationModel, adapter: Mapping[str, Tensor], reached: Sequence[float]) -> list[int]:
     """Return the gradients' bytes of each decoder layer."""
     share = dict(zip((block.layer for block in model.blocks), reached, strict=True))
     sizes = [0.0] * model.shape.num_layers
@@ -170,7 +170,7 @@ def _gradient_bytes(model: SparseModel, adapter: Mapping[str, Tensor], reached: 
     return [round(size) for size in sizes]
 
 
-def _expert_bytes(model: SparseModel, step: Step) -> int:
+def _expert_bytes(model: FoundationModel, step: Step) -> int:
     """Return W: the tensors of one expert in backward, at an equal share of the rows."""
     shape = model.shape
     rows = step.sequences * step.length * model.top_k / shape.num_experts
@@ -190,7 +190,7 @@ class SavedBytes:
     coefficients_PC: Tensor
 
     @staticmethod
-    def count(model: SparseModel, adapter: Mapping[str, Tensor]) -> SavedBytes:
+    def count(model: FoundationModel, adapter: Mapping[str, Tensor]) -> SavedBytes:
         """Count on the model as it stands: K set, under the caller's autocast, and with the adapter attached.
 
         Args:
@@ -214,7 +214,7 @@ def _terms(sequences: int, length: int) -> tuple[int, ...]:
     return *powers, *(sequences * power for power in powers)
 
 
-def count_saved(model: SparseModel, adapter: Mapping[str, Tensor], sequences: int, length: int) -> tuple[int, ...]:
+def count_saved(model: FoundationModel, adapter: Mapping[str, Tensor], sequences: int, length: int) -> tuple[int, ...]:
     """Run a forward pass without the head and return the bytes autograd keeps, as `SavedBytes.parts` does.
 
     Tensors that share storage count once, where they are first kept; parameters and buffers do not. The last position

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from emberfed import plugins
 from emberfed.clients import Budget, Client
 from emberfed.data.tokenise import Shard
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Bundle, FitResult, Payload, TensorSpec
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
@@ -42,8 +42,11 @@ class Method(ABC):
         self.trainer = trainer
 
     @abstractmethod
-    def init(self, model: SparseModel, seeds: Seeds) -> Bundle:
-        """Return the server's state before round 1."""
+    def init(self, model: FoundationModel, budgets: Sequence[Budget], seeds: Seeds) -> Bundle:
+        """Return the server's state before round 1, for clients of these budgets.
+
+        Raises: ConfigError if the model or a budget does not go with the method's options.
+        """
 
     @abstractmethod
     def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:
@@ -55,7 +58,7 @@ class Method(ABC):
 
     @abstractmethod
     def fit(
-        self, model: SparseModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
+        self, model: FoundationModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
     ) -> FitResult:
         """Train on the client's shard. `memory` is what the client kept from its last round; `seeds` is its address.
 
@@ -69,11 +72,11 @@ class Method(ABC):
         """Return the next state from admitted uploads, sorted by client id and never empty. Pure."""
 
     @abstractmethod
-    def deploy(self, state: Bundle, model: SparseModel, budget: Budget) -> AbstractContextManager[SparseModel]:
+    def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> AbstractContextManager[FoundationModel]:
         """Give the global model as a device of that budget would run it; on exit the model is as found."""
 
     @abstractmethod
-    def export(self, state: Bundle, model: SparseModel) -> Mapping[str, bytes]:
+    def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:
         """Return the files, by name, that let other programs open this state's adapter (PEFT's, where it can)."""
 
 

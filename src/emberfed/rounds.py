@@ -18,7 +18,7 @@ from emberfed.engine import Engine
 from emberfed.evaluation import EvaluationConfig, evaluate
 from emberfed.inbox import Inbox
 from emberfed.method import Method
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Bundle, Json
 from emberfed.seeds import Seeds
 
@@ -34,7 +34,7 @@ class Federation:
     seeds: Seeds
     method: Method
     engine: Engine
-    model: SparseModel
+    model: FoundationModel
     tokenizer: PreTrainedTokenizerBase
     clients: tuple[Client, ...]
     participation: ClientsConfig
@@ -123,7 +123,7 @@ def _start(federation: Federation, folder: RunFolder, listen: events.Listener) -
         return done, state
     listen(events.RoundStarted(0, federation.rounds, 0))
     started = time.perf_counter()
-    state = federation.method.init(federation.model, federation.seeds.at(purpose="init"))
+    state = federation.method.init(federation.model, federation.budgets, federation.seeds.at(purpose="init"))
     evaluations = evaluate_tiers(federation, state, 0, _logged(folder, listen))
     folder.commit(0, state, federation.method.export(state, federation.model), evaluations, [])
     listen(events.RoundDone(0, _quality(evaluations), time.perf_counter() - started))

@@ -19,7 +19,7 @@ from emberfed.data.tokenise import IGNORED, Batch, Shard, collate
 from emberfed.errors import ClientError, ConfigError
 from emberfed.models.groups import TrainableGroups, clip_gradients
 from emberfed.models.lora import Adapter
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Json
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
@@ -131,7 +131,9 @@ def step_count(config: TrainingConfig, examples: int) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def response_loss(model: SparseModel, batch: Batch, router_aux_loss_coef: float = 0.0) -> tuple[Tensor, Tensor, int]:
+def response_loss(
+    model: FoundationModel, batch: Batch, router_aux_loss_coef: float = 0.0
+) -> tuple[Tensor, Tensor, int]:
     """Return the summed cross-entropy of the response tokens, the auxiliary loss, and how many logits were computed.
 
     Logits are formed only at positions where some sequence of the batch has a target: with large vocabularies they
@@ -162,7 +164,7 @@ class Trainer:
         self._listen = listen
 
     def train(
-        self, model: SparseModel, adapter: Adapter, shard: Shard, client: str, round: int, seeds: Seeds
+        self, model: FoundationModel, adapter: Adapter, shard: Shard, client: str, round: int, seeds: Seeds
     ) -> FitStats:
         """Train the adapter, attached to `model`, on the shard.
 
@@ -231,7 +233,7 @@ class Trainer:
         groups.zero_grad()
 
 
-def check_possible(model: SparseModel, config: TrainingConfig) -> None:
+def check_possible(model: FoundationModel, config: TrainingConfig) -> None:
     """Check that the model and its device have what the options ask for. Raises: ConfigError."""
     if config.router_aux_loss_coef > 0 and not model.has_auxiliary_loss:
         raise ConfigError(
@@ -260,13 +262,13 @@ def _work(batch: Batch, top_k: int, head_tokens: int) -> costs.Work:
     )
 
 
-def _autocast(model: SparseModel, config: TrainingConfig) -> AbstractContextManager[Any]:
+def _autocast(model: FoundationModel, config: TrainingConfig) -> AbstractContextManager[Any]:
     has_bf16 = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
     if config.precision == "bfloat16" or (config.precision == "auto" and has_bf16):
         return torch.autocast(model.device.type, torch.bfloat16)
     return nullcontext()
 
 
-def _checkpointing(model: SparseModel, config: TrainingConfig) -> AbstractContextManager[Any]:
+def _checkpointing(model: FoundationModel, config: TrainingConfig) -> AbstractContextManager[Any]:
     # The model stays in eval mode: dropout would draw from the global random stream.
     return model.gradient_checkpointing() if config.gradient_checkpointing else nullcontext()

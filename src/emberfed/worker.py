@@ -13,7 +13,7 @@ from emberfed.clients import Client
 from emberfed.data.tokenise import Shard
 from emberfed.errors import EmberfedError, StorageError
 from emberfed.method import Method
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Bundle, ClientFailed, Job, Payload, Reply
 from emberfed.seeds import Seeds
 
@@ -47,7 +47,7 @@ class Worker:
     def __init__(
         self,
         method: Method,
-        model: SparseModel,
+        model: FoundationModel,
         clients: Mapping[str, Client],
         shards: Callable[[str], Shard],
         memory: MemoryFolder,

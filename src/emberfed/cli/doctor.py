@@ -25,7 +25,7 @@ from emberfed.errors import EmberfedError
 from emberfed.models.config import ModelConfig
 from emberfed.models.footprint import ModuleMemory, memory_by_module, total
 from emberfed.models.loading import load
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
 
@@ -173,7 +173,7 @@ def _extras() -> Check:
     return Check("extras", "ok", "; ".join(f"{name}: {state(modules)}" for name, modules in EXTRAS.items()))
 
 
-def _answer(model: SparseModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def _answer(model: FoundationModel, tokenizer: PreTrainedTokenizerBase) -> str:
     record = corpus(1, Seeds(0))[0]
     prompt = f"### Instruction:\n{record['instruction']}\n\n### Input:\n{record['context']}\n\n### Response:\n"
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

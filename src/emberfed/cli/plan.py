@@ -66,7 +66,7 @@ def plan(config: RunConfig) -> tuple[TierPlan, ...]:
     material = assembly.gather(config)
     check_possible(material.model, config.training)
     method = config.method_type(config.method, config.adapter, Trainer(config.training))
-    state = method.init(material.model, Seeds(config.seed).at(purpose="init"))
+    state = method.init(material.model, material.budgets, Seeds(config.seed).at(purpose="init"))
     return tuple(_tier(config, material, method, state, budget) for budget in material.budgets)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from emberfed.data.tokenise import IGNORED, Example, Shard, collate, left_padded
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Json
 from emberfed.sections import Section
 
@@ -78,7 +78,7 @@ class Answer:
 
 
 def evaluate(
-    model: SparseModel,
+    model: FoundationModel,
     tokenizer: PreTrainedTokenizerBase,
     shard: Shard,
     config: EvaluationConfig,
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def generate(
-    model: SparseModel,
+    model: FoundationModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     pad_token_id: int,
@@ -138,7 +138,7 @@ def generate(
     return [text.strip() for text in tokenizer.batch_decode(fresh, skip_special_tokens=True)]
 
 
-def response_losses(model: SparseModel, examples: Sequence[Example], pad_token_id: int) -> list[tuple[float, int]]:
+def response_losses(model: FoundationModel, examples: Sequence[Example], pad_token_id: int) -> list[tuple[float, int]]:
     """Return, for each example, the summed cross-entropy of its response and its number of target tokens."""
     batch = collate(examples, pad_token_id).to(model.device)
     positions = (batch.labels[:, 1:] != IGNORED).any(dim=0).nonzero()[:, 0]

@@ -27,7 +27,7 @@ from emberfed.clients import Budget, Client
 from emberfed.data.tokenise import Shard
 from emberfed.method import Method
 from emberfed.models import lora, peft_layout
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import ACTIVATION_COUNTS, Bundle, FitResult, Payload, TensorSpec
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
@@ -60,7 +60,7 @@ class A3SMoE(Method):
     Config = A3SMoEConfig
     AdapterConfig = lora.LoraConfig
 
-    def init(self, model: SparseModel, seeds: Seeds) -> Bundle:
+    def init(self, model: FoundationModel, budgets: Sequence[Budget], seeds: Seeds) -> Bundle:
         """Start from a LoRA that changes nothing: A random, B zero."""
         # A model may have dense layers between sparse ones: rows of the counts are the sparse ones only.
         layout = {"sparse_layers": [block.layer for block in model.blocks], "num_experts": model.num_experts}
@@ -77,7 +77,7 @@ class A3SMoE(Method):
         return {**specs, ACTIVATION_COUNTS: TensorSpec(counts_shape, torch.int64)}
 
     def fit(
-        self, model: SparseModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
+        self, model: FoundationModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
     ) -> FitResult:
         """Train the LoRA with K active experts; report it with the counts."""
         top_k = download.content.meta["top_k"]
@@ -115,7 +115,7 @@ class A3SMoE(Method):
         return Bundle(tensors, state.meta)
 
     @contextmanager
-    def deploy(self, state: Bundle, model: SparseModel, budget: Budget) -> Iterator[SparseModel]:
+    def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> Iterator[FoundationModel]:
         """Run the global LoRA with the budget's K."""
         with (
             model.active_experts(budget.top_k, self.config.gate),
@@ -123,6 +123,6 @@ class A3SMoE(Method):
         ):
             yield model
 
-    def export(self, state: Bundle, model: SparseModel) -> Mapping[str, bytes]:
+    def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:
         """Return a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`."""
         return peft_layout.to_files(state.tensors, self.adapter.alpha, model)

@@ -1,4 +1,4 @@
-"""From `model` in the configuration to a `SparseModel` and its tokenizer."""
+"""From `model` in the configuration to a `FoundationModel` and its tokenizer."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from emberfed.models.config import ModelConfig
 from emberfed.models.families import family_of
 from emberfed.models.quantised import Bits
 from emberfed.models.quantised_loading import ExpertQuantisation
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 
-def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
+def load(config: ModelConfig) -> tuple[FoundationModel, PreTrainedTokenizerBase]:
     """Load the model, frozen, and its tokenizer. A local folder is read without any network.
 
     With `expert_bits` the experts are quantised as they are read. Beside what is in memory already, loading needs about
@@ -66,7 +66,7 @@ def load(config: ModelConfig) -> tuple[SparseModel, PreTrainedTokenizerBase]:
     _return_freed_memory()
     # A checkpoint's own penalties and beams would change greedy answers without anybody seeing why.
     lm.generation_config = GenerationConfig()
-    return SparseModel(lm.to(device)), load_tokenizer(config)
+    return FoundationModel(lm.to(device)), load_tokenizer(config)
 
 
 _UNDERSTOOD_QUANTISATION = "mxfp4"

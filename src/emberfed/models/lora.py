@@ -23,7 +23,7 @@ from emberfed.models import lora_layout, peft_layout
 from emberfed.models.groups import ExpertViews, TrainableGroups
 from emberfed.models.lora_layout import check, is_expert, layer_of, router_weight
 from emberfed.models.routed_lora import MATRICES, ExpertLora
-from emberfed.models.sparse_model import SparseBlock, SparseModel
+from emberfed.models.foundation_model import SparseBlock, FoundationModel
 from emberfed.sections import Section
 
 __all__ = ["Adapter", "LoraConfig", "attached", "check", "initial", "is_expert", "layer_of"]
@@ -60,7 +60,7 @@ class LoraConfig(Section):
         return self
 
 
-def initial(model: SparseModel, config: LoraConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def initial(model: FoundationModel, config: LoraConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Return the adapter to begin with, float32 on the CPU, by sorted name.
 
     A fresh one does not change what the model computes: A is uniform in ±1/sqrt(in), drawn in the order of the names
@@ -87,7 +87,7 @@ def initial(model: SparseModel, config: LoraConfig, generator: torch.Generator) 
     return dict(sorted(tensors.items()))
 
 
-def _covered(model: SparseModel, config: LoraConfig) -> lora_layout.Sizes:
+def _covered(model: FoundationModel, config: LoraConfig) -> lora_layout.Sizes:
     """Return the weights that take LoRA. Raises: ConfigError if shared experts are asked of a family without."""
     shared = lora_layout.shared_linears(model)
     if config.shared_experts and not shared:
@@ -113,7 +113,7 @@ def _check_memory(sizes: lora_layout.Sizes, rank: int) -> None:
         )
 
 
-def _started(model: SparseModel, config: LoraConfig, folder: str) -> dict[str, torch.Tensor]:
+def _started(model: FoundationModel, config: LoraConfig, folder: str) -> dict[str, torch.Tensor]:
     """Return the adapter in a folder. Raises: ConfigError if it is not what the config says; ModelError."""
     tensors, alpha = peft_layout.from_peft(Path(folder), model)
     where = f"adapter.start_from {folder}"
@@ -169,7 +169,7 @@ class Adapter:
 
 
 @contextmanager
-def attached(model: SparseModel, tensors: Mapping[str, torch.Tensor], alpha: float) -> Iterator[Adapter]:
+def attached(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alpha: float) -> Iterator[Adapter]:
     """Run the model with an adapter inside the context; on exit the model is exactly as found, also after exceptions.
 
     Args:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from emberfed.errors import ModelError, closest
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 _EXPERT = re.compile(r"layers\.\d+\.experts\.")
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -47,12 +47,12 @@ def layer_of(name: str) -> int:
     return int(match[1])
 
 
-def attention_linears(model: SparseModel) -> Mapping[str, Slot]:
+def attention_linears(model: FoundationModel) -> Mapping[str, Slot]:
     """Return where the attention's linear layers that take LoRA are, by canonical path."""
     return {f"layers.{layer}.self_attn.{name}": slot for (layer, name), slot in model.attention_linears().items()}
 
 
-def shared_linears(model: SparseModel) -> Mapping[str, Slot]:
+def shared_linears(model: FoundationModel) -> Mapping[str, Slot]:
     """Return where the linear layers of shared experts are, by canonical path; empty for a family that has none."""
     return {f"layers.{layer}.shared_experts.{name}": slot for (layer, name), slot in model.shared_linears().items()}
 
@@ -63,7 +63,7 @@ def linear_sizes(linears: Mapping[str, Slot]) -> Sizes:
     return {path: (linear.out_features, linear.in_features) for path, linear in modules.items()}
 
 
-def expert_sizes(model: SparseModel) -> Sizes:
+def expert_sizes(model: FoundationModel) -> Sizes:
     """Return the stacked weights of routed experts."""
     experts, inner, hidden = model.shape.num_experts, model.shape.expert_intermediate, model.shape.hidden
     shapes = {
@@ -76,7 +76,7 @@ def expert_sizes(model: SparseModel) -> Sizes:
     }
 
 
-def router_sizes(model: SparseModel) -> Sizes:
+def router_sizes(model: FoundationModel) -> Sizes:
     """Return the routers' weights."""
     return {f"layers.{block.layer}.router.weight": tuple(router_weight(block.router).shape) for block in model.blocks}
 
@@ -88,7 +88,7 @@ def router_weight(router: nn.Module) -> nn.Parameter:
     return weight
 
 
-def check(model: SparseModel, tensors: Mapping[str, torch.Tensor]) -> None:
+def check(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Check that an adapter fits the model: whole pairs, nothing foreign, right shapes.
 
     Raises: ModelError naming the first tensor that is wrong, what it is and what was expected.

@@ -22,11 +22,11 @@ from emberfed.errors import ModelError, StorageError
 from emberfed.models.expert_weights import ExpertWeights
 from emberfed.models.lora_layout import attention_linears, check, router_weight, shared_linears
 from emberfed.models.quantised import QuantisedWeight
-from emberfed.models.sparse_model import SparseBlock, SparseModel
+from emberfed.models.foundation_model import SparseBlock, FoundationModel
 
 
 @torch.no_grad()
-def merge_into(model: SparseModel, tensors: Mapping[str, torch.Tensor], alpha: float) -> None:
+def merge_into(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alpha: float) -> None:
     """Add an adapter to the model's own weights. The model is changed for good: load one for this.
 
     Args:
@@ -50,13 +50,13 @@ def merge_into(model: SparseModel, tensors: Mapping[str, torch.Tensor], alpha: f
             router_weight(block.router).detach().copy_(router)
 
 
-def check_mergeable(model: SparseModel) -> None:
+def check_mergeable(model: FoundationModel) -> None:
     """Check that weights can be added to. Raises: ModelError if they are quantised."""
     if any(isinstance(module, QuantisedWeight) for module in model.lm.modules()):
         raise ModelError("a quantised base cannot be merged with; load the base unquantised (model.expert_bits=null)")
 
 
-def write_checkpoint(model: SparseModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_checkpoint(model: FoundationModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write config.json, weights (safetensors) and the tokenizer, for `AutoModelForCausalLM.from_pretrained`.
 
     Raises: StorageError.
@@ -96,7 +96,7 @@ def _add(weight: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
     weight.copy_(delta.mul_(scale).add_(weight))
 
 
-def _generation_config(model: SparseModel) -> GenerationConfig:
+def _generation_config(model: FoundationModel) -> GenerationConfig:
     path = model.lm.name_or_path
     try:
         found: GenerationConfig = GenerationConfig.from_pretrained(path, local_files_only=Path(path).is_dir())

@@ -46,7 +46,7 @@ from emberfed.models.fused_lora import StackedLora, alternating, flatten, fuse, 
 from emberfed.models.lora_layout import attention_linears, check, shared_linears
 from emberfed.models.peft_settings import PeftSettings, Size
 from emberfed.models.routed_lora import MATRICES
-from emberfed.models.sparse_model import SparseBlock, SparseModel
+from emberfed.models.foundation_model import SparseBlock, FoundationModel
 from emberfed.records import Json
 
 CONFIG_FILE = "adapter_config.json"
@@ -93,7 +93,7 @@ class _Paths(NamedTuple):
     routers: Mapping[str, str]
 
     @staticmethod
-    def of(model: SparseModel) -> _Paths:
+    def of(model: FoundationModel) -> _Paths:
         names = {module: name for name, module in model.lm.named_modules()}
         return _Paths(
             {path: f"{names[module]}.{name}" for path, (module, name) in attention_linears(model).items()},
@@ -127,7 +127,7 @@ def check_version(version: str | None, whose: str) -> None:
         )
 
 
-def to_files(tensors: Mapping[str, torch.Tensor], alpha: float, model: SparseModel) -> dict[str, bytes]:
+def to_files(tensors: Mapping[str, torch.Tensor], alpha: float, model: FoundationModel) -> dict[str, bytes]:
     """Return the two files of a PEFT adapter by name; the same adapter always gives the same bytes.
 
     Raises: ModelError as `to_peft`.
@@ -140,7 +140,7 @@ def to_files(tensors: Mapping[str, torch.Tensor], alpha: float, model: SparseMod
 
 
 def to_peft(
-    tensors: Mapping[str, torch.Tensor], alpha: float, model: SparseModel, base_path: str
+    tensors: Mapping[str, torch.Tensor], alpha: float, model: FoundationModel, base_path: str
 ) -> tuple[dict[str, Json], _Tensors]:
     """Return PEFT's configuration and tensors for an adapter of `model`.
 
@@ -184,7 +184,7 @@ def _linears(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths) -
     ]
 
 
-def _experts(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths, model: SparseModel) -> list[_Target]:
+def _experts(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths, model: FoundationModel) -> list[_Target]:
     """Return the LoRA of the routed experts, up to two for each layer."""
     targets = []
     for block in model.blocks:
@@ -265,7 +265,7 @@ def _patterns(targets: Sequence[_Target], default: Size) -> dict[str, Size]:
     return {"|".join(sorted(group)): size for size, group in names.items()}
 
 
-def from_peft(folder: Path, model: SparseModel) -> tuple[_Tensors, float]:
+def from_peft(folder: Path, model: FoundationModel) -> tuple[_Tensors, float]:
     """Return an adapter of `model`: float32 tensors by canonical name, and alpha, from a folder that PEFT can open.
 
     Raises: ModelError if the folder cannot be read, is of another version or model, or holds what our adapters cannot
@@ -297,7 +297,7 @@ class _Found(NamedTuple):
     alpha: float
 
 
-def _parse(settings: PeftSettings, stored: _Tensors, model: SparseModel) -> tuple[list[_Found], _Tensors]:
+def _parse(settings: PeftSettings, stored: _Tensors, model: FoundationModel) -> tuple[list[_Found], _Tensors]:
     """Return the LoRA and the routers' weights that the files hold. Raises: ModelError at the first foreign tensor."""
     paths = _Paths.of(model)
     linears = {f"{_PREFIX}{name}": path for path, name in {**paths.attention, **paths.shared}.items()}
@@ -325,7 +325,7 @@ def _parse(settings: PeftSettings, stored: _Tensors, model: SparseModel) -> tupl
     return loras, result
 
 
-def _check_unchanged(key: str, tensor: torch.Tensor, model: SparseModel) -> None:
+def _check_unchanged(key: str, tensor: torch.Tensor, model: FoundationModel) -> None:
     """PEFT saves a router whole; what is not its weight must be as in the base."""
     base = model.lm.state_dict().get(key.removeprefix(_PREFIX))
     base = None if base is None else base.cpu()
@@ -333,7 +333,7 @@ def _check_unchanged(key: str, tensor: torch.Tensor, model: SparseModel) -> None
         raise ModelError(f"{key!r} is not what the model has; of routers only the weight can be trained")
 
 
-def _foreign(key: str, known: Sequence[str], model: SparseModel) -> str:
+def _foreign(key: str, known: Sequence[str], model: FoundationModel) -> str:
     if re.search(r"experts\.\d+\.", key):
         return (
             f"{key!r} is LoRA on a single expert's module, as in older transformers; open the adapter with "

@@ -1,4 +1,4 @@
-"""`SparseModel`: a transformers causal language model with experts, and how many of them are active."""
+"""`FoundationModel`: a transformers causal language model with experts, and how many of them are active."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class _Routing:
 
 
 @final
-class SparseModel:
+class FoundationModel:
     """A frozen causal language model with sparse mixtures of experts.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""`SparseModel`: how many experts are active, and counting what they get."""
+"""`FoundationModel`: how many experts are active, and counting what they get."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from emberfed.models.config import ModelConfig
 from emberfed.models.families import families, family_of, load_family
 from emberfed.models.gating import Rescale
 from emberfed.models.loading import load
-from emberfed.models.sparse_model import SparseModel
+from emberfed.models.foundation_model import FoundationModel
 
 
-def logits(model: SparseModel, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+def logits(model: FoundationModel, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model.lm(input_ids=ids, **inputs).logits
     return result
 
 
-def routing(model: SparseModel, ids: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+def routing(model: FoundationModel, ids: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     """(logits, weights, index) of each layer, as the experts get them."""
     seen: list[tuple[torch.Tensor, ...]] = []
     hooks = [
@@ -37,7 +37,7 @@ def routing(model: SparseModel, ids: torch.Tensor) -> list[tuple[torch.Tensor, .
     return seen
 
 
-def traces(model: SparseModel) -> tuple[Any, ...]:
+def traces(model: FoundationModel) -> tuple[Any, ...]:
     """Everything `active_experts` may touch."""
     routers = [block.router for block in model.blocks]
     return (
@@ -161,7 +161,7 @@ def test_rescaling_does_not_go_with_renormalising() -> None:
         pass
 
 
-def counted(model: SparseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def counted(model: FoundationModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The slow count: one (token, slot) after the other."""
     counts = torch.zeros(model.num_layers, model.num_experts, dtype=torch.int64)
     seen: list[tuple[torch.Tensor, ...]] = []
@@ -295,7 +295,7 @@ def test_a_model_without_any_block_is_refused() -> None:
     for layer in lm.model.layers:
         layer.mlp = nn.Identity()
     with pytest.raises(ModelError, match="no layer"):
-        SparseModel(lm)
+        FoundationModel(lm)
 
 
 def test_real_model_loses_quality_as_k_falls(shared: Path) -> None:
