@@ -23,8 +23,8 @@ from emberfed import costs, memory
 from emberfed.data.tokenise import Example, Shard, ShardReport
 from emberfed.memory import SavedBytes, Step, count_saved, training_memory
 from emberfed.models import lora
-from emberfed.models.quantised import quantise_experts
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.quantised import quantise_experts
 from emberfed.records import ACTIVATION_COUNTS, Bundle, Payload
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig

@@ -17,8 +17,8 @@ from emberfed.data.tokenise import Example, Shard, ShardReport
 from emberfed.evaluation import EvaluationConfig, evaluate
 from emberfed.evaluation.quality import Answer, generate, response_losses, summarise
 from emberfed.models.config import ModelConfig
-from emberfed.models.loading import load
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.loading import load
 
 
 def make_shard(count: int = 7) -> Shard:

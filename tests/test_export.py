@@ -23,9 +23,9 @@ import emberfed
 from emberfed.errors import ConfigError, Interrupted, ModelError, RunFolderError, StorageError
 from emberfed.models import lora, merging, peft_layout
 from emberfed.models.config import ModelConfig
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.loading import load
 from emberfed.models.lora import LoraConfig
-from emberfed.models.foundation_model import FoundationModel
 
 ALPHA = 7.0
 Tensors = dict[str, torch.Tensor]

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models.config import ModelConfig
 from emberfed.models.families import families, family_of, load_family
+from emberfed.models.foundation_model import FoundationModel, ModelShape, SparseBlock
 from emberfed.models.gating import Rescale
 from emberfed.models.loading import load
 from emberfed.models.quantised import quantise_experts
-from emberfed.models.foundation_model import ModelShape, SparseBlock, FoundationModel
 
 VARIANTS = [variant for variants in FAMILY_VARIANTS.values() for variant in variants]
 DENSE_LAYERS = {

@@ -14,9 +14,9 @@ from torch import nn
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models.config import ModelConfig
 from emberfed.models.families import families, family_of, load_family
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.gating import Rescale
 from emberfed.models.loading import load
-from emberfed.models.foundation_model import FoundationModel
 
 
 def logits(model: FoundationModel, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers.models.phimoe import modeling_phimoe
 
 from emberfed.models.families.phimoe import sparsemixer
-from emberfed.models.gating import mass_of, with_mass
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.gating import mass_of, with_mass
 
 
 def test_by_hand() -> None:

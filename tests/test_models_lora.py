@@ -14,8 +14,8 @@ from builders import FAMILY_VARIANTS, tiny_family_lm, tiny_model, token_ids
 
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models import lora, peft_layout
-from emberfed.models.lora import Adapter, LoraConfig
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.lora import Adapter, LoraConfig
 from emberfed.sections import validate
 
 ALPHA = 16.0

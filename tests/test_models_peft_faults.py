@@ -14,9 +14,9 @@ import torch
 from emberfed.errors import ModelError
 from emberfed.models import lora, peft_layout
 from emberfed.models.config import ModelConfig
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.loading import load
 from emberfed.models.lora import LoraConfig
-from emberfed.models.foundation_model import FoundationModel
 
 ALPHA = 7.0
 Tensors = dict[str, torch.Tensor]

@@ -18,6 +18,7 @@ from torch import nn
 
 from emberfed.errors import ModelError
 from emberfed.models import lora
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.lora import LoraConfig
 from emberfed.models.quantised import (
     EXPERT_WEIGHTS,
@@ -26,7 +27,6 @@ from emberfed.models.quantised import (
     default_group_size,
     quantise_experts,
 )
-from emberfed.models.foundation_model import FoundationModel
 
 BITS: tuple[Bits, ...] = (4, 8)
 both = pytest.mark.parametrize("bits", BITS)

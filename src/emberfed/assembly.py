@@ -26,8 +26,8 @@ from emberfed.data.partition import Partition, partition
 from emberfed.data.tokenise import Shard, check_vocabulary, tokenise
 from emberfed.errors import RunFolderError
 from emberfed.models.fingerprint import fingerprint
-from emberfed.models.loading import load as load_model
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.loading import load as load_model
 from emberfed.records import Json
 from emberfed.rounds import Federation
 from emberfed.seeds import Seeds

@@ -22,8 +22,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from emberfed.models.routed_lora import MATRICES
 from emberfed.models.foundation_model import ModelShape
+from emberfed.models.routed_lora import MATRICES
 
 
 @final

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from emberfed import costs, events
 from emberfed.data.tokenise import IGNORED, Batch, Shard, collate
 from emberfed.errors import ClientError, ConfigError
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.groups import TrainableGroups, clip_gradients
 from emberfed.models.lora import Adapter
-from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Json
 from emberfed.sections import Section
 from emberfed.seeds import Seeds

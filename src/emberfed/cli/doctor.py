@@ -24,8 +24,8 @@ from emberfed.data.tokenise import check_vocabulary
 from emberfed.errors import EmberfedError
 from emberfed.models.config import ModelConfig
 from emberfed.models.footprint import ModuleMemory, memory_by_module, total
-from emberfed.models.loading import load
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.loading import load
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
 

@@ -27,9 +27,9 @@ from emberfed import builtin
 from emberfed.errors import ModelError
 from emberfed.models.config import ModelConfig
 from emberfed.models.families import family_of
+from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.quantised import Bits
 from emberfed.models.quantised_loading import ExpertQuantisation
-from emberfed.models.foundation_model import FoundationModel
 
 
 def load(config: ModelConfig) -> tuple[FoundationModel, PreTrainedTokenizerBase]:

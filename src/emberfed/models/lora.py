@@ -20,10 +20,10 @@ from torch import nn
 
 from emberfed.errors import ConfigError
 from emberfed.models import lora_layout, peft_layout
+from emberfed.models.foundation_model import FoundationModel, SparseBlock
 from emberfed.models.groups import ExpertViews, TrainableGroups
 from emberfed.models.lora_layout import check, is_expert, layer_of, router_weight
 from emberfed.models.routed_lora import MATRICES, ExpertLora
-from emberfed.models.foundation_model import SparseBlock, FoundationModel
 from emberfed.sections import Section
 
 __all__ = ["Adapter", "LoraConfig", "attached", "check", "initial", "is_expert", "layer_of"]

@@ -20,9 +20,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from emberfed.errors import ModelError, StorageError
 from emberfed.models.expert_weights import ExpertWeights
+from emberfed.models.foundation_model import FoundationModel, SparseBlock
 from emberfed.models.lora_layout import attention_linears, check, router_weight, shared_linears
 from emberfed.models.quantised import QuantisedWeight
-from emberfed.models.foundation_model import SparseBlock, FoundationModel
 
 
 @torch.no_grad()

@@ -42,11 +42,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from emberfed.errors import ModelError, closest
+from emberfed.models.foundation_model import FoundationModel, SparseBlock
 from emberfed.models.fused_lora import StackedLora, alternating, flatten, fuse, one_after_the_other, unflatten, unfuse
 from emberfed.models.lora_layout import attention_linears, check, shared_linears
 from emberfed.models.peft_settings import PeftSettings, Size
 from emberfed.models.routed_lora import MATRICES
-from emberfed.models.foundation_model import SparseBlock, FoundationModel
 from emberfed.records import Json
 
 CONFIG_FILE = "adapter_config.json"
