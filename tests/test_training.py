@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +21,7 @@ from emberfed.data.tokenise import Example, Shard, ShardReport, collate
 from emberfed.errors import ClientError
 from emberfed.models import lora
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.penalties import Penalty, TailPenalty
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig, learning_rate, response_loss, step_count
 
@@ -48,19 +51,35 @@ def start(model: FoundationModel) -> dict[str, torch.Tensor]:
 
 
 def trained(
-    model: FoundationModel, start: dict[str, torch.Tensor], top_k: int = 2, data: Shard | None = None, **options: Any
+    model: FoundationModel,
+    start: dict[str, torch.Tensor],
+    top_k: int = 2,
+    data: Shard | None = None,
+    penalty: Penalty | None = None,
+    **options: Any,
 ) -> tuple[dict[str, torch.Tensor], list[events.Event]]:
     heard: list[events.Event] = []
     trainer = Trainer(TrainingConfig.model_validate({"batch_size": 4, "learning_rate": 0.01, **options}), heard.append)
     with model.active_experts(top_k), lora.attached(model, start, 4.0) as adapter:
-        trainer.train(model, adapter, data or shard(), "c0", ROUND, SEEDS)
+        trainer.train(model, adapter, data or shard(), "c0", ROUND, SEEDS, penalty)
         return adapter.tensors(), heard
 
 
+def no_term(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([0.0 * parameter.sum() for parameter in parameters.values()]).sum()
+
+
 def slow_training(
-    model: FoundationModel, start: dict[str, torch.Tensor], top_k: int, config: TrainingConfig
+    model: FoundationModel,
+    start: dict[str, torch.Tensor],
+    top_k: int,
+    config: TrainingConfig,
+    term: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] = no_term,
 ) -> dict[str, torch.Tensor]:
-    """One example at a time, one torch Adam per expert, full logits, written as plainly as possible."""
+    """One example at a time, one torch Adam per expert, full logits, written as plainly as possible.
+
+    `term` is added to the loss, but where it would move an expert that no token reached.
+    """
     data = shard()
     with model.active_experts(top_k), lora.attached(model, start, 4.0) as adapter:
         parameters = adapter.parameters
@@ -80,16 +99,21 @@ def slow_training(
                     for position in range(example.prompt_length, len(example.input_ids)):
                         loss = F.cross_entropy(logits[position - 1], ids[0, position]) / targets
                         loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-            norm = math.sqrt(sum(float((p.grad**2).sum()) for p in parameters.values() if p.grad is not None))
-            scale = min(1.0, (config.max_grad_norm or math.inf) / (norm + 1e-6))
             touched = counter.counts > 0
-            for name, parameter in parameters.items():
+            gradients = {}
+            extra = torch.autograd.grad(term(parameters), list(parameters.values()))
+            for (name, parameter), slope in zip(parameters.items(), extra, strict=True):
                 assert parameter.grad is not None
+                mask = touched[lora.layer_of(name)][:, None, None] if lora.is_expert(name) else torch.tensor(True)
+                gradients[name] = parameter.grad.to_dense() + slope * mask
+            norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients.values()))
+            scale = min(1.0, (config.max_grad_norm or math.inf) / (norm + 1e-6))
+            for name, parameter in parameters.items():
                 for row in range(parameter.shape[0]) if lora.is_expert(name) else [-1]:
                     if row >= 0 and not touched[lora.layer_of(name), row]:
                         continue
                     value = parameter.data[row] if row >= 0 else parameter.data
-                    gradient = parameter.grad[row] if row >= 0 else parameter.grad
+                    gradient = gradients[name][row] if row >= 0 else gradients[name]
                     if (name, row) not in optimizers:
                         own = torch.nn.Parameter(value.clone())
                         optimizers[name, row] = (
@@ -117,6 +141,80 @@ def test_training_is_the_slow_loop(model: FoundationModel, start: dict[str, torc
         # Adam divides by the root of tiny second moments, which magnifies the last bits of a gradient.
         torch.testing.assert_close(fast[name], slow[name], rtol=1e-3, atol=2e-4)
         assert not torch.equal(fast[name], start[name]), name
+
+
+def test_penalties_are_terms_of_the_slow_loop_s_loss(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
+    """Both at once, clipped with the rest; the anchor is where the client began."""
+    options: dict[str, Any] = {"local_epochs": 2, "max_grad_norm": 0.05, "betas": (0.5, 0.9), "epsilon": 1e-3}
+
+    def term(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        total = sum(
+            ((0.8 / 2) * (parameters[name] - start[name]).square().sum() for name in parameters), torch.zeros(())
+        )
+        for name in parameters:
+            if name.endswith("lora_A"):
+                a, b = parameters[name][..., 1:, :], parameters[name.replace("lora_A", "lora_B")][..., 1:]
+                norms = a.square().sum(dim=(-2, -1)).add(1e-30).sqrt() * b.square().sum(dim=(-2, -1)).add(1e-30).sqrt()
+                total = total + 0.3 * norms.sum()
+        return total
+
+    fast, _ = trained(model, start, 2, penalty=TailPenalty(1, 0.3), proximal_mu=0.8, **options)
+    config = TrainingConfig.model_validate({"batch_size": 4, "learning_rate": 0.01, **options})
+    slow = slow_training(model, start, 2, config, term)
+    plain, _ = trained(model, start, 2, **options)
+    for name in fast:
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-3, atol=2e-4)
+    away = [float((fast[name] - plain[name]).abs().max()) for name in fast]
+    assert max(away) > 2e-3, "ten times the tolerance: the terms matter here"
+
+
+def test_a_large_mu_holds_the_adapter_near_its_start(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
+    def distance(mu: float) -> float:
+        after, _ = trained(model, start, local_epochs=5, proximal_mu=mu, max_grad_norm=None)
+        return math.sqrt(sum(float((after[name] - start[name]).square().sum()) for name in after))
+
+    free, held, tight = distance(0.0), distance(1.0), distance(100.0)
+    assert tight < held < free
+    assert tight < free / 2
+
+
+def test_a_penalty_of_weight_zero_changes_no_bit(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
+    plain, _ = trained(model, start, local_epochs=2)
+    weightless, _ = trained(model, start, local_epochs=2, penalty=TailPenalty(1, 0.0), proximal_mu=0.0)
+    assert all(torch.equal(weightless[name], plain[name]) for name in plain)
+
+
+def test_reported_losses_are_without_penalties(model: FoundationModel, start: dict[str, torch.Tensor]) -> None:
+    """At a rate too small to move anything, so that all else is the same."""
+    _, plain = trained(model, start, learning_rate=1e-12)
+    _, penalised = trained(model, start, learning_rate=1e-12, penalty=TailPenalty(0, 1e6), proximal_mu=1e6)
+    assert penalised == plain
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that Python holds now, shared memory once."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in found if tensor.layout == torch.strided]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_only_a_mu_above_zero_costs_memory_and_it_is_one_adapter(
+    model: FoundationModel, start: dict[str, torch.Tensor]
+) -> None:
+    def held(mu: float) -> tuple[int, int]:
+        peaks: list[int] = []
+        config = TrainingConfig(batch_size=4, proximal_mu=mu)
+        with model.active_experts(2), lora.attached(model, start, 4.0) as adapter:
+            stats = Trainer(config, lambda _: peaks.append(held_bytes())).train(
+                model, adapter, shard(), "c0", ROUND, SEEDS
+            )
+        return peaks[-1], stats.flops
+
+    held(0.0)  # whatever is kept from a first time
+    (off, work), (on, more_work) = held(0.0), held(0.5)
+    assert on - off == sum(tensor.nbytes for tensor in start.values())
+    assert more_work == work
 
 
 def test_response_loss_is_the_mean_over_targets_only(model: FoundationModel) -> None:
@@ -153,12 +251,16 @@ def test_what_saves_memory_does_not_change_the_result(
     assert losses == pytest.approx([event.loss for event in saved_events if isinstance(event, events.Step)], rel=1e-4)
 
 
-def test_weight_decay_and_momentum_leave_untouched_experts_alone(
-    model: FoundationModel, start: dict[str, torch.Tensor]
+@pytest.mark.parametrize("mu", [0.0, 3.0])
+def test_weight_decay_momentum_and_penalties_leave_untouched_experts_alone(
+    model: FoundationModel, start: dict[str, torch.Tensor], mu: float
 ) -> None:
-    trainer = Trainer(TrainingConfig(optimizer="adamw", weight_decay=0.5, batch_size=2, learning_rate=0.01))
+    trainer = Trainer(
+        TrainingConfig(optimizer="adamw", weight_decay=0.5, batch_size=2, learning_rate=0.01, proximal_mu=mu)
+    )
+    start = {name: tensor + 0.1 for name, tensor in start.items()}  # so that every tail has a slope
     with model.active_experts(1), lora.attached(model, start, 4.0) as adapter:
-        stats = trainer.train(model, adapter, shard(3), "c0", 1, SEEDS)
+        stats = trainer.train(model, adapter, shard(3), "c0", 1, SEEDS, TailPenalty(1, mu))
         after = adapter.tensors()
     untouched = (stats.counts_LE == 0).nonzero().tolist()
     assert untouched
@@ -254,6 +356,7 @@ def test_step_counts() -> None:
         ({"weight_decay": 0.1}, "needs optimizer: adamw"),
         ({"batch_size": 4, "micro_batch_size": 8}, "larger than batch_size"),
         ({"rounds": 0}, "greater than or equal to 1"),
+        ({"proximal_mu": -0.1}, "greater than or equal to 0"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], words: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -20,6 +20,7 @@ from emberfed.errors import ClientError, ConfigError
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.groups import TrainableGroups, clip_gradients
 from emberfed.models.lora import Adapter
+from emberfed.penalties import Penalty, ProximalPenalty
 from emberfed.records import Json
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
@@ -41,7 +42,10 @@ class TrainingConfig(Section):
         betas, epsilon, weight_decay: Its constants. Weight decay needs `adamw`.
         schedule: Learning rate within a client's round, after warm-up.
         warmup_steps: Steps of linear warm-up at the start of each client's round.
-        max_grad_norm: Gradients are clipped to this norm over the whole adapter; null: not clipped.
+        max_grad_norm: Gradients, with those of penalties, are clipped to this norm over the whole adapter; null: not
+            clipped.
+        proximal_mu: Weight mu of FedProx: mu/2 times the squared distance from the adapter the client was sent is added
+            to the loss (not to the reported one); 0: off. Costs one more copy of the adapter.
         router_aux_loss_coef: Weight of the model's own load-balancing loss, averaged over micro batches. Also adapters
             below a frozen router feel it, through the hidden states.
         precision: `auto` is bf16 autocast on CUDA devices that have it and the model's own dtype elsewhere.
@@ -62,6 +66,7 @@ class TrainingConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
+    proximal_mu: float = Field(0.0, ge=0)
     router_aux_loss_coef: float = Field(0.0, ge=0)
     precision: Literal["auto", "model", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
@@ -110,7 +115,7 @@ class FitStats:
             "loss_mean": math.fsum(self.losses) / len(self.losses),
             "losses": [[step + 1, loss] for step, loss in enumerate(self.losses) if step % stride == 0],
             "flops": self.flops,
-            "share_of_experts_touched": float((self.counts_LE > 0).double().mean()),
+            "share_of_experts_touched": float((self.counts_LE > 0).double().mean()) if self.counts_LE.numel() else None,
         }
 
 
@@ -164,12 +169,31 @@ class Trainer:
         self._listen = listen
 
     def train(
-        self, model: FoundationModel, adapter: Adapter, shard: Shard, client: str, round: int, seeds: Seeds
+        self,
+        model: FoundationModel,
+        adapter: Adapter,
+        shard: Shard,
+        client: str,
+        round: int,
+        seeds: Seeds,
+        penalty: Penalty | None = None,
     ) -> FitStats:
         """Train the adapter, attached to `model`, on the shard.
 
         The order of examples is drawn from `seeds` (purposes `order 0`, `order 1`, ... by local epoch). Experts that
-        no token reached in a step keep their bits: no gradient, momentum or weight decay.
+        no token reached in a step keep their bits: no gradient, momentum, weight decay or penalty.
+
+        Args:
+            model: The model, with its K set.
+            adapter: What is trained; its present values are the anchor of `proximal_mu`.
+            shard: The client's examples.
+            client: Its id, for events.
+            round: The round, from 1, for the learning rate.
+            seeds: The place whose draws these are.
+            penalty: The method's own, added to the loss of every step beside that of `proximal_mu`.
+
+        Returns:
+            What was done. Losses are those of the responses alone, without penalties.
 
         Raises:
             ClientError: if a loss or gradient is not finite; it names the step.
@@ -180,6 +204,9 @@ class Trainer:
         steps = step_count(config, len(shard.examples))
         groups = adapter.trainable_groups()
         optimizer = self._optimizer(groups)
+        penalties = [] if penalty is None else [penalty]
+        if config.proximal_mu > 0:
+            penalties.append(ProximalPenalty.around(adapter.parameters, config.proximal_mu))
         losses: list[float] = []
         tokens = target_tokens = 0
         work: costs.Work | None = None
@@ -199,7 +226,7 @@ class Trainer:
                     work = done if work is None else work + done
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, round, step, steps)
-                self._step(groups, optimizer, counter.take() > 0, at)
+                self._step(groups, optimizer, counter.take() > 0, penalties, at)
                 target_tokens += targets
                 losses.append(step_loss / targets)
                 self._listen(events.Step(client, step + 1, steps, losses[-1]))
@@ -225,9 +252,19 @@ class Trainer:
             return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True, **options)
         return torch.optim.Adam(parameters, fused=True, **options)
 
-    def _step(self, groups: TrainableGroups, optimizer: Optimizer, touched_LE: Tensor, at: str) -> None:
+    def _step(
+        self,
+        groups: TrainableGroups,
+        optimizer: Optimizer,
+        touched_LE: Tensor,
+        penalties: Sequence[Penalty],
+        at: str,
+    ) -> None:
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = clip_gradients(groups.take_gradients(touched_LE), limit)
+        gradients = groups.take_gradients(touched_LE)
+        for penalty in penalties:
+            penalty.add_gradients(gradients)
+        norm = clip_gradients(gradients, limit)
         _finite(norm, "gradient norm", at)
         optimizer.step()
         groups.zero_grad()

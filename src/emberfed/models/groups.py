@@ -40,8 +40,33 @@ class ExpertViews:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
+class Gradient:
+    """The gradient of one tensor of the adapter in this step; for a stacked one, of the experts that have any.
+
+    Attributes:
+        name: Canonical name.
+        parameter: The parameter's present values, (E, ...) if stacked; not to be changed.
+        experts_U: The U experts that have a gradient, int64, ascending; None if the tensor is not stacked.
+        values: The gradient, of the parameter's shape, or (U, ...) if stacked. It is the optimiser's own memory:
+            what is added or scaled in place is what the optimiser will follow.
+    """
+
+    name: str
+    parameter: torch.Tensor
+    experts_U: torch.Tensor | None
+    values: torch.Tensor
+
+    def rows_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a tensor like `parameter` that have a gradient, (U, ...); all of it if not stacked."""
+        return tensor if self.experts_U is None else tensor.index_select(0, self.experts_U)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
 class TrainableGroups:
-    """What to give an optimiser. A step is: backward, `take_gradients`, clip, `optimizer.step()`, `zero_grad`.
+    """What to give an optimiser.
+
+    A step is: backward, `take_gradients`, penalties, `clip_gradients`, `optimizer.step()`, `zero_grad`.
 
     Attributes:
         dense: Parameters every token uses, by canonical name.
@@ -55,8 +80,8 @@ class TrainableGroups:
         """Return all parameters for the optimiser: the dense ones, then every expert of every stacked tensor."""
         return [*self.dense.values(), *(view for group in self.experts for view in group.views)]
 
-    def take_gradients(self, touched_LE: torch.Tensor) -> list[torch.Tensor]:
-        """Give each expert its slice of the stacked gradient, or None where it saw no real token since the last step.
+    def take_gradients(self, touched_LE: torch.Tensor) -> list[Gradient]:
+        """Give each expert its slice of the stacked gradient, and none where it saw no real token since the last step.
 
         Args:
             touched_LE: Boolean (layers, experts): the expert got at least one real token since the last step. Where a
@@ -64,22 +89,25 @@ class TrainableGroups:
                 optimiser with momentum would follow.
 
         Returns:
-            All gradients: of the dense parameters, and of each stacked tensor (experts with rows, ...). The experts'
-            slices share their memory, so that scaling them in place clips.
+            What the optimiser will see, and nothing else: the dense parameters' gradients, then the stacked tensors'.
 
         Raises: ValueError if `touched_LE` is not boolean of that shape.
         """
         rows = touched_LE.tolist() if touched_LE.dtype == torch.bool and touched_LE.dim() == 2 else []
-        gradients = [parameter.grad for parameter in self.dense.values() if parameter.grad is not None]
+        gradients = [
+            Gradient(name, parameter.detach(), None, parameter.grad)
+            for name, parameter in self.dense.items()
+            if parameter.grad is not None
+        ]
         for group in self.experts:
             if not (group.row < len(rows) and len(rows[group.row]) == len(group.views)):
                 raise ValueError(f"touched must be bool (layers, experts), found {touched_LE.dtype} {touched_LE.shape}")
             if group.stacked.grad is None:
                 continue
-            used_U, values = _rows(group.stacked.grad)
-            for expert, slice_ in zip(used_U.tolist(), values.unbind(), strict=True):
-                group.views[expert].grad = slice_ if rows[group.row][expert] else None
-            gradients.append(values)
+            experts_U, values = _touched(*_rows(group.stacked.grad), rows[group.row])
+            for expert, slice_ in zip(experts_U.tolist(), values.unbind(), strict=True):
+                group.views[expert].grad = slice_
+            gradients.append(Gradient(group.name, group.stacked.detach(), experts_U, values))
         return gradients
 
     def zero_grad(self) -> None:
@@ -96,12 +124,24 @@ def _rows(sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return sparse._indices()[0], sparse._values()
 
 
-def clip_gradients(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
+def _touched(
+    used_U: torch.Tensor, values: torch.Tensor, touched_E: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts that got a real token, and their rows; copied only if some expert did not."""
+    kept = [row for row, expert in enumerate(used_U.tolist()) if touched_E[expert]]
+    if len(kept) == len(values):
+        return used_U, values
+    index = torch.tensor(kept, dtype=torch.int64, device=values.device)
+    return used_U[index], values[index]
+
+
+def clip_gradients(gradients: Sequence[Gradient], max_norm: float) -> torch.Tensor:
     """Scale gradients in place so that their norm taken together is at most `max_norm`; return what it was.
 
-    As torch's `clip_grad_norm_`, but on tensors: slices of stacked gradients are no parameters' own.
+    As torch's `clip_grad_norm_`, but a stacked tensor is scaled at once, not expert by expert.
     """
-    norm = torch.nn.utils.get_total_norm(gradients)
+    values = [gradient.values for gradient in gradients]
+    norm = torch.nn.utils.get_total_norm(values)
     if norm > max_norm:
-        torch._foreach_mul_(list(gradients), max_norm / (norm + 1e-6))
+        torch._foreach_mul_(values, max_norm / (norm + 1e-6))
     return norm
