@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 COMPLETE := src/emberfed/methods/*,src/emberfed/aggregation.py,src/emberfed/records.py,src/emberfed/admission.py,src/emberfed/checkpoint.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench pretrain clean
+.PHONY: help install run test check format bench pretrain pretrain-dense clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -43,6 +43,9 @@ bench: $(STAMP) ## benchmarks: routed LoRA against PEFT; memory with 8 and 64 cl
 
 pretrain: $(STAMP) ## make the built-in model again (about ten minutes on one core)
 	$(BIN)/python -m emberfed.builtin.pretrain --output build/model
+
+pretrain-dense: $(STAMP) ## make a small dense LLaMA on the built-in text (about six minutes on one free core)
+	$(BIN)/python -m emberfed.builtin.pretrain --dense --output models/world-llama
 
 clean: ## remove the environment and what tools left behind
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

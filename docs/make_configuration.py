@@ -22,6 +22,7 @@ from emberfed.evaluation import EvaluationConfig
 from emberfed.method import load_method, method_names
 from emberfed.models.config import ModelConfig
 from emberfed.sections import Section
+from emberfed.server_optimizer import ServerOptimizerConfig
 from emberfed.training import TrainingConfig
 
 HEAD = """\
@@ -44,7 +45,8 @@ def page() -> str:
         HEAD,
         table("model", ModelConfig),
         *(table(f"method: {{name: {name}}}", method.Config) for name, method in methods),
-        *(table(f"adapter (method {name})", method.AdapterConfig) for name, method in methods),
+        table("method.server_optimizer", ServerOptimizerConfig),
+        *(table(f"adapter (method {', '.join(names)})", section) for section, names in _adapters().items()),
         table("data", DataConfig),
         *(table(f"data.partition: {kind.__name__.removesuffix('Partition').lower()}", kind) for kind in partitions),
         table("clients", ClientsConfig),
@@ -55,6 +57,14 @@ def page() -> str:
         table("output", OutputConfig),
     ]
     return "\n".join(parts)
+
+
+def _adapters() -> dict[type[Section], list[str]]:
+    """Return the kinds of adapter section, and the methods that have each."""
+    kinds: dict[type[Section], list[str]] = {}
+    for name in method_names():
+        kinds.setdefault(load_method(name).AdapterConfig, []).append(name)
+    return kinds
 
 
 def table(title: str, section: type[Section]) -> str:

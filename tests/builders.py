@@ -1,8 +1,8 @@
-"""Small real models for tests: random sparse models of every family, with a tokenizer, in memory or as a folder."""
+"""Small real models for tests: random models of every family, with a tokenizer, in memory or as a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.lora import LoraConfig
 
 VOCABULARY = 64
 
@@ -29,7 +30,6 @@ _COMMON = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 128,
     "bos_token_id": None,
@@ -51,7 +51,17 @@ _GLM4 = _DENSE_FIRST | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_d
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _ERNIE = _DENSE_FIRST | {"moe_num_experts": 8, "moe_num_shared_experts": 2, "moe_layer_start_index": 1}
 
-_TINY: Mapping[str, Mapping[str, Any]] = {
+_TINY_DENSE: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8, "head_dim": 12},
+    "olmo": {"clip_qkv": 2.0},
+    "olmo2": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+}
+
+_TINY_SPARSE: Mapping[str, Mapping[str, Any]] = {
     "olmoe": {"num_experts": 8},
     "olmoe-renormalised": {"num_experts": 8, "norm_topk_prob": True, "tie_word_embeddings": True},
     "flex_olmo": {"num_experts": 8},
@@ -84,22 +94,25 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def _variants() -> dict[str, tuple[str, ...]]:
-    names = dict.fromkeys(name.partition("-")[0] for name in _TINY)
-    return {family: tuple(name for name in _TINY if name.partition("-")[0] == family) for family in names}
+def _variants(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    families = dict.fromkeys(name.partition("-")[0] for name in names)
+    return {family: tuple(name for name in names if name.partition("-")[0] == family) for family in families}
 
 
-FAMILY_VARIANTS: Mapping[str, tuple[str, ...]] = _variants()
+SPARSE_VARIANTS: Mapping[str, tuple[str, ...]] = _variants(_TINY_SPARSE)
+DENSE_VARIANTS: Mapping[str, tuple[str, ...]] = _variants(_TINY_DENSE)
+FAMILY_VARIANTS: Mapping[str, tuple[str, ...]] = {**SPARSE_VARIANTS, **DENSE_VARIANTS}
 """Names `tiny_family_lm` takes, by family; the first is the family's own name."""
 
 
 def tiny_family_lm(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """Return a tiny random model of a family or variant: hidden 32, 6 or 8 experts, 64 tokens, native K of 2 or 3.
+    """Return a tiny random model of a family or variant: hidden 32, 64 tokens; if sparse, 6 or 8 experts, K of 2 or 3.
 
     Every weight is random and loud, biases, norms and the correction of routing scores too, so that routing is uneven.
     """
     family = name.partition("-")[0]
-    config = AutoConfig.for_model(family, **_COMMON | dict(_TINY[name]) | overrides)
+    known = _TINY_DENSE[name] if name in _TINY_DENSE else {"num_experts_per_tok": 2, **_TINY_SPARSE[name]}
+    config = AutoConfig.for_model(family, **_COMMON | dict(known) | overrides)
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
         lm: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -120,6 +133,16 @@ def save_tiny_family(name: str, folder: Path) -> Path:
     tiny_family_lm(name).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def whole_adapter(model: FoundationModel, rank: int = 3) -> LoraConfig:
+    """Return a config that covers everything the model has, trained routers too."""
+    return LoraConfig(
+        rank=rank,
+        router=not model.is_dense,
+        shared_experts=bool(model.shared_linears()),
+        dense_mlp=bool(model.mlp_linears()),
+    )
 
 
 def tiny_lm(seed: int = 0, **overrides: Any) -> OlmoeForCausalLM:

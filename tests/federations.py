@@ -44,9 +44,9 @@ def config(model: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
         "clients": {
             "count": 4,
             "tiers": [
-                {"name": "small", "share": 0.5, "top_k": 1},
-                {"name": "middle", "share": 0.25, "top_k": 2},
-                {"name": "large", "share": 0.25, "top_k": 4},
+                {"name": "small", "share": 0.5, "top_k": 1, "rank": 2},
+                {"name": "middle", "share": 0.25, "top_k": 2, "rank": 3},
+                {"name": "large", "share": 0.25, "top_k": 4, "rank": 4},
             ],
         },
         "training": {"rounds": 2, "batch_size": 4, "learning_rate": 1e-2},

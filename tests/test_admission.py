@@ -10,11 +10,11 @@ import torch
 
 from emberfed.admission import Asked, payload_problem, problem_of
 from emberfed.engines.flaky import Fault, spoil
-from emberfed.records import ACTIVATION_COUNTS, Bundle, Payload, Reply, TensorSpec
+from emberfed.records import ACTIVATION_COUNTS, Bundle, Payload, Rank, Reply, TensorSpec
 
 SPECS = {
     "a": TensorSpec((2, 3), torch.float32),
-    "b": TensorSpec((2, (1, 4)), torch.float32),
+    "b": TensorSpec((2, Rank(1, 4)), torch.float32),
     "counts": TensorSpec((2,), torch.int64),
 }
 ASKED = {"c1": Asked(3, "c1", SPECS, 2), "c2": Asked(3, "c2", SPECS, 1)}
@@ -39,7 +39,7 @@ def test_a_good_upload_is_admitted() -> None:
     ("bad", "words"),
     [
         (payload({"a": torch.full((2, 3), torch.inf)}), "tensor 'a': 6 of 6 values are not finite"),
-        (payload({"b": torch.zeros(2, 5)}), r"tensor 'b': shape \(2, 5\)"),
+        (payload({"b": torch.zeros(2, 5)}), r"tensor 'b': shape \(2, 5\), expected \(2, 1 to 4\)"),
         (payload({"b": torch.zeros(2, 0)}), "tensor 'b': shape"),
         (payload({"a": torch.ones(2, 3).half()}), "tensor 'a': dtype torch.float16"),
         (payload({"counts": torch.tensor([0, -1])}), "tensor 'counts': negative"),
@@ -63,6 +63,17 @@ def test_a_bad_upload_is_refused_with_the_reason(bad: Payload, words: str) -> No
     assert sender == "c1"
     with pytest.raises(ValueError, match=words):
         raise ValueError(problem)
+
+
+def test_a_rank_is_the_senders_choice_but_one_for_the_whole_upload() -> None:
+    specs = {"a": TensorSpec((Rank(1, 4), 3), torch.float32), "b": TensorSpec((2, Rank(1, 4)), torch.float32)}
+    asked = Asked(3, "c1", specs, 2)
+
+    def of_ranks(a: int, b: int) -> Payload:
+        return Payload(3, "c1", Bundle({"a": torch.ones(a, 3), "b": torch.ones(2, b)}, META))
+
+    assert payload_problem(of_ranks(3, 3), asked) is None
+    assert payload_problem(of_ranks(3, 4), asked) == "tensor 'b': ranks differ within the upload, found [3, 4]"
 
 
 def test_counts_must_be_tokens_times_k() -> None:

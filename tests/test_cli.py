@@ -25,6 +25,7 @@ from emberfed.sections import Section, parse_yaml
 COMMANDS = (
     ("run",),
     ("resume",),
+    ("compare",),
     ("evaluate",),
     ("export",),
     ("plan",),

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, tiny_family_lm, token_ids
+from builders import DENSE_VARIANTS, SPARSE_VARIANTS, tiny_family_lm, token_ids, whole_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +22,9 @@ from emberfed.costs import Work
 from emberfed.models import lora
 from emberfed.models.foundation_model import FoundationModel
 
-VARIANTS = [name for names in FAMILY_VARIANTS.values() for name in names]
+SPARSE, DENSE = (
+    [name for names in variants.values() for name in names] for variants in (SPARSE_VARIANTS, DENSE_VARIANTS)
+)
 SEQUENCES, LENGTH, POSITIONS = 3, 10, (2, 5, 6)
 
 
@@ -35,12 +38,9 @@ def tiny(name: str) -> FoundationModel:
 @cache
 def everything(name: str) -> Mapping[str, torch.Tensor]:
     """LoRA on all that can have it, and trained routers, with ranks that tell the kinds apart."""
-    model = tiny(name)
-    shared = model.shape.shared_intermediate > 0
-    attention = lora.LoraConfig(rank=3, experts=False, shared_experts=shared, router=True)
-    experts = lora.LoraConfig(rank=2, attention=False)
-    generator = torch.Generator().manual_seed(0)
-    return {**lora.initial(model, attention, generator), **lora.initial(model, experts, generator)}
+    model, generator = tiny(name), torch.Generator().manual_seed(0)
+    high, low = (lora.initial(model, whole_adapter(model, rank), generator) for rank in (3, 2))
+    return high | {key: tensor for key, tensor in low.items() if re.search(r"\.experts|\.mlp", key)}
 
 
 def chosen(name: str, pattern: str) -> dict[str, torch.Tensor]:
@@ -92,10 +92,14 @@ def gates_on_shared_experts(name: str) -> int:
     return len(gated) * 2 * work(1).tokens * model.shape.hidden
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize("name", VARIANTS)
+def two(name: str) -> int:
+    """K = 2, or the one K there is."""
+    return min(2, tiny(name).largest_top_k)
+
+
+@pytest.mark.parametrize(("name", "top_k"), [*product(SPARSE, (1, 3)), *product(DENSE, (1,))])
 def test_flops_of_every_family_are_those_torch_counts(name: str, top_k: int) -> None:
-    check(name, chosen(name, r"self_attn|\.experts"), top_k, gates_on_shared_experts(name))
+    check(name, chosen(name, r"self_attn|\.experts|\.mlp"), top_k, gates_on_shared_experts(name))
 
 
 @pytest.mark.parametrize(
@@ -114,24 +118,28 @@ def test_flops_of_every_family_are_those_torch_counts(name: str, top_k: int) -> 
         r"\.experts.gate_proj",
         r"\.experts.down_proj",
         "shared_experts.up_proj",
+        r"\.mlp",
+        r"mlp.up_proj",
+        r"mlp.down_proj",
         r"layers\.1",
         r"layers\.1\.experts",
         r"layers\.1\.router",
         "",
     ],
 )
-@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "llama", "olmo2"])
 def test_flops_of_any_part_are_those_torch_counts(name: str, pattern: str) -> None:
-    check(name, chosen(name, pattern), 2)
+    check(name, chosen(name, pattern), two(name))
 
 
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_flops_of_any_subset_are_those_torch_counts(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(["deepseek_v3", "ernie4_5_moe", "olmoe"]))
+    name = data.draw(st.sampled_from(["deepseek_v3", "ernie4_5_moe", "olmoe", "qwen3"]))
     paths = sorted({key.removesuffix(".lora_A").removesuffix(".lora_B") for key in everything(name)})
     kept = tuple(data.draw(st.sets(st.sampled_from(paths))))
-    check(name, {key: tensor for key, tensor in everything(name).items() if key.startswith(kept)} if kept else {}, 2)
+    part = {key: tensor for key, tensor in everything(name).items() if key.startswith(kept)} if kept else {}
+    check(name, part, two(name))
 
 
 def test_hand_count_of_one_token() -> None:
@@ -143,6 +151,16 @@ def test_hand_count_of_one_token() -> None:
     one = Work.of_batch(1, 1, 1, 1)
     assert costs.forward_flops(tiny("olmoe").shape, one, {}) == 23808
     assert costs.backward_flops(tiny("olmoe").shape, one, {}) == 0
+
+
+def test_hand_count_of_one_token_in_a_dense_model() -> None:
+    """One token, LLaMA: per layer q 32x32, k and v 16x32, o 32x32, MLP 3x32x16 weights; attention as above.
+
+    2 x (1024 + 512 + 512 + 1024 + 1536) = 9216 FLOPs and 128, so 2 x 9344 for both layers; the head 4096. In all 22784.
+    """
+    shape = tiny("llama").shape
+    assert costs.forward_flops(shape, Work.of_batch(1, 1, 1, 1), {}) == 22784
+    assert costs.upload_bytes(shape, everything("llama")) == costs.tensor_bytes(everything("llama"))
 
 
 def test_padding_goes_to_no_expert() -> None:
@@ -164,6 +182,16 @@ def test_flops_computed_again_under_gradient_checkpointing(name: str, pattern: s
     model, tensors = tiny(name), chosen(name, pattern)
     again = counted(model, tensors, 2, checkpointing=True)[1] - counted(model, tensors, 2)[1]
     assert costs.recomputed_flops(model.shape, work(2), tensors) == again
+
+
+@pytest.mark.parametrize(("name", "saved"), [("llama", 1), ("olmo2", 0)])
+@pytest.mark.parametrize("pattern", ["self_attn", r"\.mlp"])
+def test_flops_computed_again_in_a_dense_model(name: str, saved: int, pattern: str) -> None:
+    """torch leaves out each layer's last product, unless a norm comes behind it: down_proj, or its B of rank 2."""
+    model, tensors = tiny(name), chosen(name, pattern)
+    again = counted(model, tensors, 1, checkpointing=True)[1] - counted(model, tensors, 1)[1]
+    last = 2 * work(1).tokens * 32 * (2 if "mlp" in pattern else 16)
+    assert costs.recomputed_flops(model.shape, work(1), tensors) == again + saved * 2 * last
 
 
 def test_work_adds_up() -> None:

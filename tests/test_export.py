@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import yaml
-from builders import FAMILY_VARIANTS, save_tiny_family, save_tiny_model, token_ids
+from builders import FAMILY_VARIANTS, save_tiny_family, save_tiny_model, token_ids, whole_adapter
 from commands import invoke, start
 from federations import config as federation
 from peft import PeftModel
@@ -25,7 +25,6 @@ from emberfed.models import lora, merging, peft_layout
 from emberfed.models.config import ModelConfig
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.loading import load
-from emberfed.models.lora import LoraConfig
 
 ALPHA = 7.0
 Tensors = dict[str, torch.Tensor]
@@ -40,8 +39,7 @@ def loaded(folder: Path, **options: Any) -> FoundationModel:
 def adapter(model: FoundationModel) -> Tensors:
     """A random adapter of everything the model has, none of its values zero."""
     generator = torch.Generator().manual_seed(0)
-    covers = LoraConfig(rank=3, router=True, shared_experts=bool(model.shared_linears()))
-    fresh = lora.initial(model, covers, generator)
+    fresh = lora.initial(model, whole_adapter(model), generator)
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in fresh.items()}
 
 

@@ -14,11 +14,11 @@ ROOT = Path(emberfed.__file__).parent
 
 LAYERS = {
     0: {"", "errors", "seeds", "sections", "records", "events", "plugins", "storage"},
-    1: {"models", "data", "builtin", "clients", "aggregation"},
+    1: {"models", "data", "builtin", "clients", "penalties", "server_optimizer", "factors", "aggregation"},
     2: {"costs", "memory", "training", "evaluation"},
-    3: {"method", "engine", "methods"},
+    3: {"method", "engine", "methods", "federated_lora"},
     4: {"admission", "checkpoint", "inbox", "worker", "rounds", "config", "assembly", "report", "engines"},
-    5: {"api"},
+    5: {"api", "arena"},
     6: {"cli", "__main__"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, save_tiny_family, tiny_family_lm, token_ids
+from builders import DENSE_VARIANTS, FAMILY_VARIANTS, SPARSE_VARIANTS, save_tiny_family, tiny_family_lm, token_ids
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models.config import ModelConfig
-from emberfed.models.families import families, family_of, load_family
+from emberfed.models.families import Mixture, families, family_of, load_family
 from emberfed.models.foundation_model import FoundationModel, ModelShape, SparseBlock
 from emberfed.models.gating import Rescale
 from emberfed.models.loading import load
 from emberfed.models.quantised import quantise_experts
 
-VARIANTS = [variant for variants in FAMILY_VARIANTS.values() for variant in variants]
+SPARSE = [variant for variants in SPARSE_VARIANTS.values() for variant in variants]
+DENSE = [variant for variants in DENSE_VARIANTS.values() for variant in variants]
 DENSE_LAYERS = {
     "qwen2_moe-dense_layer": (1,),
     "qwen3_moe-every_second": (0,),
@@ -58,10 +59,10 @@ PLAIN = [
 ]
 SCALE = {"deepseek_v2-grouped": 1.5, "deepseek_v3": 2.5, "deepseek_v3-plain": 2.5, "glm4_moe-plain": 2.0}
 LARGEST = {"flex_olmo-three": 6, "deepseek_v2-grouped": 4, "deepseek_v3": 4, "deepseek_v3-plain": 4}
-"""Facts of the variants in builders.py; elsewhere no layer is dense, nothing shared, the scale 1, and K at most 8."""
+"""Facts of sparse variants in builders.py; elsewhere no layer is dense, nothing shared, the scale 1, K at most 8."""
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=SPARSE)
 def variant(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -77,6 +78,16 @@ def model(folder: Path) -> FoundationModel:
     return load(ModelConfig(path=str(folder)))[0]
 
 
+@pytest.fixture(scope="module", params=DENSE)
+def dense_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def dense(dense_folder: Path) -> FoundationModel:
+    return load(ModelConfig(path=str(dense_folder)))[0]
+
+
 @pytest.fixture
 def hidden() -> torch.Tensor:
     return torch.randn(20, 32, generator=torch.Generator().manual_seed(3))
@@ -87,6 +98,12 @@ def theirs(folder: Path, top_k: int) -> Any:
     config = AutoConfig.from_pretrained(folder)
     config.num_experts_per_tok = top_k
     return AutoModelForCausalLM.from_pretrained(folder, config=config, experts_implementation="eager").eval()
+
+
+def facts(model: FoundationModel) -> Mixture:
+    """What the family's record says of its experts."""
+    assert model.family.mixture is not None
+    return model.family.mixture
 
 
 def logits(lm: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -132,7 +149,7 @@ def test_logits_are_transformers_own(folder: Path, model: FoundationModel) -> No
 def test_another_k_is_a_checkpoint_of_that_k(folder: Path, model: FoundationModel) -> None:
     ids = token_ids(2, 16)
     # A router that ignores its K has no such checkpoints; what it computes at another K is tested below.
-    for top_k in some_top_ks(model) if model.family.fixed is None else [model.native_top_k]:
+    for top_k in some_top_ks(model) if facts(model).fixed is None else [model.native_top_k]:
         expected = logits(theirs(folder, top_k), ids)
         with model.active_experts(top_k):
             torch.testing.assert_close(logits(model.lm, ids), expected, rtol=1e-5, atol=1e-5)
@@ -222,7 +239,7 @@ def test_renormalised_weights_sum_to_the_familys_scale(
 
 
 def test_the_native_gate_is_what_the_family_says(variant: str, model: FoundationModel, hidden: torch.Tensor) -> None:
-    assert model.blocks[0].native_gate == ("plain" if variant in PLAIN else "renormalised")
+    assert model.native_gate == model.blocks[0].native_gate == ("plain" if variant in PLAIN else "renormalised")
     with model.active_experts(1):
         alone, _ = routed(model.blocks[0], hidden)
     same = torch.allclose(alone, torch.full((20, 1), SCALE.get(variant, 1.0)))
@@ -354,6 +371,14 @@ def test_shared_linears_are_what_every_token_goes_through(variant: str, model: F
         assert linear in list(model.lm.model.layers[layer].mlp.modules())
 
 
+def test_mlp_linears_are_those_of_layers_without_experts(variant: str, model: FoundationModel) -> None:
+    linears, size = model.mlp_linears(), model.shape.dense_intermediate
+    assert {layer for layer, _ in linears} == set(DENSE_LAYERS.get(variant, ()))
+    for (layer, name), place in linears.items():
+        assert getattr(*place) is getattr(model.lm.model.layers[layer].mlp, name)
+        assert getattr(*place).weight.shape == ((32, size) if name == "down_proj" else (size, 32))
+
+
 def test_a_router_that_cannot_do_what_the_config_says_is_refused() -> None:
     with pytest.raises(ModelError, match="num_experts_per_tok is 1 .* phimoe .* pick 2 experts.*set it to 2"):
         FoundationModel(tiny_family_lm("phimoe", num_experts_per_tok=1))
@@ -362,7 +387,9 @@ def test_a_router_that_cannot_do_what_the_config_says_is_refused() -> None:
 
 
 def test_a_model_that_is_not_what_the_record_says_is_refused_by_path(variant: str) -> None:
-    block, router = load_family(variant.partition("-")[0]).block, load_family(variant.partition("-")[0]).router
+    family = load_family(variant.partition("-")[0])
+    assert family.mixture is not None
+    block, router = family.block, family.mixture.router
     last = tiny_family_lm(variant).config.num_hidden_layers - 1
     where = rf"model\.layers\.{last}\.{block}"
 
@@ -408,7 +435,93 @@ def test_an_unknown_sparse_model_is_told_what_was_found_and_how_to_add_it(model_
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("name", ["jetmoe_dense", "llama", "gpt2"])
-def test_a_config_that_says_nothing_of_experts_is_dense(name: str) -> None:
-    with pytest.raises(ModelError, match=f"'{name}' is not a sparse mixture-of-experts model .* olmoe"):
-        family_of(SimpleNamespace(model_type=name, num_experts=0, num_hidden_layers=4))
+def test_an_unknown_dense_model_is_told_how_to_add_it() -> None:
+    config = SimpleNamespace(model_type="gpt2", num_experts=0, num_hidden_layers=4)
+    known = r"'gpt2' has no record \(its config says nothing of experts\); known: .*llama.*olmoe.*families/gpt2\.py"
+    with pytest.raises(ModelError, match=known):
+        family_of(config)
+
+
+def test_a_dense_model_computes_what_transformers_does(dense_folder: Path, dense: FoundationModel) -> None:
+    ids, mask = token_ids(2, 16), torch.tensor([[0] * 5 + [1] * 11, [1] * 16])
+    plain = AutoModelForCausalLM.from_pretrained(dense_folder).eval()
+    for inputs in ({}, {"attention_mask": mask}):
+        torch.testing.assert_close(logits(dense.lm, ids, **inputs), logits(plain, ids, **inputs), rtol=1e-5, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in dense.lm.parameters())
+
+
+def test_a_dense_model_is_one_expert_that_is_always_active(dense: FoundationModel) -> None:
+    assert dense.is_dense
+    assert (dense.blocks, dense.num_layers, dense.has_auxiliary_loss) == ((), 0, False)
+    assert (dense.num_experts, dense.native_top_k, dense.largest_top_k, dense.top_k) == (1, 1, 1, 1)
+    ids, config = token_ids(2, 16), dense.lm.config.to_dict()
+    expected = logits(dense.lm, ids)
+    gates: tuple[Literal["native", "renormalised"], ...] = ("native", "renormalised")
+    for gate in gates:
+        with dense.active_experts(1, gate), dense.count_activations() as counter:
+            assert torch.equal(logits(dense.lm, ids), expected)
+            assert dense.lm.config.to_dict() == config
+        assert (tuple(counter.counts.shape), tuple(counter.take().shape)) == ((0, 1), (0, 1))
+    for top_k in (0, 2):
+        why = rf"top_k {top_k} is impossible: {dense.family.model_type} models are dense, .*; choose 1$"
+        with pytest.raises(ConfigError, match=why), dense.active_experts(top_k):
+            pass
+    with pytest.raises(ConfigError, match="rescale 'static' is impossible: .* dense .* use rescale 'none'"):
+        dense.active_experts(1, rescale="static").__enter__()
+
+
+def test_sizes_of_a_dense_model(dense: FoundationModel) -> None:
+    shape = dense.shape
+    assert (shape.dense_layers, shape.sparse_layers) == ((0, 1), ())
+    assert (shape.num_experts, shape.native_top_k, shape.expert_intermediate, shape.shared_intermediate) == (1, 1, 0, 0)
+    assert (shape.hidden, shape.dense_intermediate, shape.vocabulary, shape.heads) == (32, 16, 64, 4)
+    assert counted_parameters(shape, dense) == shape.parameters
+    assert not dense.shared_linears()
+    sizes = {key: tuple(getattr(*place).weight.shape) for key, place in dense.mlp_linears().items()}
+    assert sizes == {
+        (layer, name): (32, 16) if name == "down_proj" else (16, 32)
+        for layer in (0, 1)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    attention = {name: tuple(getattr(*place).weight.shape) for (_, name), place in dense.attention_linears().items()}
+    assert attention == shape.attention
+    assert set(attention) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_a_dense_model_with_a_cache_and_with_checkpointing(dense: FoundationModel) -> None:
+    ids = token_ids(2, 5)
+    found = dense.lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    for _ in range(found.shape[1] - 5):
+        step = logits(dense.lm, ids, use_cache=False)[:, -1:]
+        ids = torch.cat([ids, step.argmax(-1)], dim=1)
+    assert torch.equal(found, ids)
+    weight = dense.lm.get_input_embeddings().weight.requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        loss = dense.lm(input_ids=ids, labels=ids, use_cache=False).loss
+        found: torch.Tensor = torch.autograd.grad(loss, weight)[0]
+        return found
+
+    plain = gradient()
+    with dense.gradient_checkpointing():
+        assert torch.equal(gradient(), plain)
+    weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_dense_model_has_no_experts_to_quantise(dense_folder: Path, bits: Literal[4, 8]) -> None:
+    why = rf"model\.expert_bits is {bits}, but .* models are dense and have no experts; set model\.expert_bits=null$"
+    with pytest.raises(ModelError, match=why):
+        load(ModelConfig(path=str(dense_folder), expert_bits=bits))
+
+
+def test_a_dense_model_of_other_parts_is_refused_by_path() -> None:
+    def broken(change: Any) -> FoundationModel:
+        lm: Any = tiny_family_lm("llama")
+        change(lm.model.layers[1])
+        return FoundationModel(lm)
+
+    with pytest.raises(ModelError, match=r"no model\.layers\.1\.mlp: not a llama model as .*families/llama\.py"):
+        broken(lambda layer: delattr(layer, "mlp"))
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp has no linear layer up_proj: not a llama model"):
+        broken(lambda layer: delattr(layer.mlp, "up_proj")).mlp_linears()

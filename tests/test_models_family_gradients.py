@@ -1,4 +1,4 @@
-"""For every family: gradients of routed LoRA are those of a dense model whose experts are W + alpha / R B A.
+"""For every sparse family: gradients of routed LoRA are those of a dense model whose experts are W + alpha / R B A.
 
 The oracle is transformers' own model with its own eager experts, called with adapted weights in the family's layout,
 so that autograd goes through the whole dense matrices.
@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, tiny_family_lm, token_ids
+from builders import SPARSE_VARIANTS, tiny_family_lm, token_ids
 from torch.func import functional_call
 
 from emberfed.models import lora
 from emberfed.models.foundation_model import FoundationModel
 
-VARIANTS = [variant for variants in FAMILY_VARIANTS.values() for variant in variants]
+VARIANTS = [variant for variants in SPARSE_VARIANTS.values() for variant in variants]
 RANK, ALPHA = 3, 5.0
 CONFIG = lora.LoraConfig(rank=RANK, alpha=ALPHA, attention=False)
 Tensors = dict[str, torch.Tensor]

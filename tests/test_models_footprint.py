@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, tiny_family_lm, tiny_lm
+from builders import FAMILY_VARIANTS, SPARSE_VARIANTS, tiny_family_lm, tiny_lm
 from torch import nn
 
 from emberfed.errors import ModelError
@@ -78,17 +78,32 @@ def test_rows_add_up_in_every_family(name: str) -> None:
     assert total(rows).weights == sum(tensor.numel() for tensor in everything)
     assert [row.module for row in rows] == [kind for kind in KINDS if kind in {row.module for row in rows}]
     found = {row.module for row in rows}
-    assert {"embedding", "attention", "routers", "routed experts", "norms"} <= found
+    mlps = {"routers", "routed experts"} if name.partition("-")[0] in SPARSE_VARIANTS else {"dense MLPs"}
+    # OLMo's norms have no weights.
+    assert {"embedding", "attention", "norms"} - ({"norms"} if name == "olmo" else set()) | mlps <= found
     names = [key for key, _ in lm.named_parameters()]
     assert ("shared experts" in found) == any("shared_expert" in key for key in names)
     assert ("head" in found) == any(key.startswith("lm_head.") for key in names)
     routed = sum(value.numel() for key, value in lm.named_parameters() if ".experts." in key)
-    assert by_kind(lm)["routed experts"].weights == routed
+    assert ("routed experts" in found) == (routed > 0)
+    assert not routed or by_kind(lm)["routed experts"].weights == routed
 
 
 def test_dense_layers_are_told_apart() -> None:
     """The first of three layers is dense, 24 wide, with three matrices."""
     assert by_kind(tiny_family_lm("deepseek_v3"))["dense MLPs"].weights == 3 * 24 * 32
+
+
+def test_a_dense_model_by_hand() -> None:
+    """LLaMA with biases: 2 layers, hidden 32, 4 heads on 2 of 8, MLPs of 16; the head is the embedding."""
+    expected = {
+        "embedding": 64 * 32,
+        "attention": 2 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 32 + 2 * 16),
+        "dense MLPs": 2 * (3 * 32 * 16 + 2 * 16 + 32),
+        "norms": 2 * 2 * 32 + 32,
+        "other": 8,
+    }
+    assert {name: row.weights for name, row in by_kind(tiny_family_lm("llama-biased")).items()} == expected
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, tiny_family_lm, tiny_model, token_ids
+from builders import DENSE_VARIANTS, FAMILY_VARIANTS, tiny_family_lm, tiny_model, token_ids, whole_adapter
 
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models import lora, peft_layout
@@ -116,10 +116,15 @@ def test_config_covers_what_it_says() -> None:
     assert all(lora.is_expert(name) for name in experts)
     assert len(attention) == 16
     assert len(experts) == 12
-    with pytest.raises(ConfigError, match="attention, experts and shared_experts are all false"):
-        validate(LoraConfig, {"attention": False, "experts": False}, "adapter")
-    with pytest.raises(ConfigError, match=r"shared_experts is true, but olmoe models have no shared experts"):
-        initial(model, LoraConfig(shared_experts=True))
+    nothing = {"attention": False, "experts": False}
+    with pytest.raises(ConfigError, match="shared_experts and dense_mlp are all false, so there is nothing to adapt;"):
+        validate(LoraConfig, nothing | {"dense_mlp": False}, "adapter")
+    with pytest.raises(ConfigError, match="nothing to adapt in this olmoe model; set adapter.attention=true"):
+        initial(model, validate(LoraConfig, nothing, "adapter"))
+    with pytest.raises(ConfigError, match="rank must not be true"):
+        validate(LoraConfig, {"rank": True, "experts": True}, "adapter")
+    with pytest.raises(ConfigError, match=r"'adapter\.experts': input should be a valid boolean"):
+        validate(LoraConfig, {"experts": 3}, "adapter")
     with pytest.raises(ConfigError, match=r"adapter\.rank"):
         validate(LoraConfig, {"rank": 0}, "adapter")
 
@@ -277,7 +282,7 @@ def test_shared_experts() -> None:
 def test_every_family_takes_a_whole_adapter(name: str) -> None:
     model = FoundationModel(tiny_family_lm(name))
     before = fingerprint(model)
-    tensors = initial(model, LoraConfig(rank=2, router=True, shared_experts=bool(model.shared_linears())))
+    tensors = initial(model, whole_adapter(model, 2))
     expected = logits(model)
     with lora.attached(model, tensors, ALPHA):
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
@@ -287,6 +292,92 @@ def test_every_family_takes_a_whole_adapter(name: str) -> None:
         model.lm(input_ids=ids, labels=ids).loss.backward()
         silent = [name for name, value in adapter.parameters.items() if value.grad is None]
     assert not silent
+    assert fingerprint(model) == before
+
+
+def test_null_is_every_part_a_model_has_instead_of_experts() -> None:
+    dense, mixed = FoundationModel(tiny_family_lm("llama")), FoundationModel(tiny_family_lm("deepseek_v3"))
+    kinds = {name.split(".")[2] for name in initial(dense, LoraConfig())}
+    assert kinds == {"self_attn", "mlp"}
+    assert {name.split(".")[2] for name in initial(mixed, LoraConfig())} == {"self_attn", "experts"}
+    assert {name.split(".")[2] for name in initial(mixed, LoraConfig(dense_mlp=True))} == {
+        "self_attn",
+        "experts",
+        "mlp",
+    }
+    only = initial(dense, LoraConfig(rank=3, attention=False, experts=False))
+    assert {name: tuple(value.shape) for name, value in only.items() if name.startswith("layers.1.")} == {
+        "layers.1.mlp.gate_proj.lora_A": (3, 32),
+        "layers.1.mlp.gate_proj.lora_B": (16, 3),
+        "layers.1.mlp.up_proj.lora_A": (3, 32),
+        "layers.1.mlp.up_proj.lora_B": (16, 3),
+        "layers.1.mlp.down_proj.lora_A": (3, 16),
+        "layers.1.mlp.down_proj.lora_B": (32, 3),
+    }
+    assert len(only) == 2 * 6
+
+
+LACKING: dict[str, tuple[str, dict[str, Any], str]] = {
+    "experts": (
+        "llama",
+        {"experts": True},
+        "experts is true, but this llama model has no routed experts; set .*=false",
+    ),
+    "routers": ("qwen3", {"router": True}, "router is true, but this qwen3 model has no routers; set adapter.router=f"),
+    "shared": ("olmoe", {"shared_experts": True}, "shared_experts is true, but this olmoe model has no shared experts"),
+    "dense": ("olmoe", {"dense_mlp": True}, "dense_mlp is true, but this olmoe model has no layers without experts"),
+    "all": ("llama", {"attention": False, "dense_mlp": False}, "nothing to adapt in this llama model; set adapter.att"),
+}
+
+
+@pytest.mark.parametrize(("name", "values", "message"), LACKING.values(), ids=LACKING)
+def test_what_a_model_lacks_cannot_be_adapted(name: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        initial(FoundationModel(tiny_family_lm(name)), LoraConfig(**values))
+
+
+@pytest.mark.parametrize("name", [name for names in DENSE_VARIANTS.values() for name in names])
+def test_a_dense_adapter_has_the_gradients_of_dense_adapted_weights(name: str) -> None:
+    """With W' = W + s B A, the loss's gradient G at W' gives s B'G for A, and s G A' for B."""
+    model = FoundationModel(tiny_family_lm(name))
+    tensors = noisy(initial(model, LoraConfig(rank=3)))
+    twin: Any = tiny_family_lm(name).requires_grad_(False)
+    scale, ids = ALPHA / 3, token_ids(3, 10)
+    weights: dict[str, torch.Tensor] = {}
+    for path in {tensor_name.rpartition(".")[0] for tensor_name in tensors}:
+        weight = twin.get_parameter(f"model.{path}.weight")
+        weight.add_(scale * tensors[f"{path}.lora_B"] @ tensors[f"{path}.lora_A"])
+        weights[path] = weight.requires_grad_()
+    twin(input_ids=ids, labels=ids).loss.backward()
+    with lora.attached(model, tensors, ALPHA) as adapter:
+        model.lm(input_ids=ids, labels=ids).loss.backward()
+    assert len(weights) == 2 * 7
+    for path, weight in weights.items():
+        a, b = (adapter.parameters[f"{path}.lora_{factor}"] for factor in "AB")
+        assert weight.grad is not None
+        torch.testing.assert_close(a.grad, scale * b.detach().T @ weight.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(b.grad, scale * weight.grad @ a.detach().T, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dense_model_is_trained_without_experts() -> None:
+    model = FoundationModel(tiny_family_lm("mistral"))
+    before = fingerprint(model)
+    with lora.attached(model, initial(model, LoraConfig(rank=2)), ALPHA) as adapter:
+        groups = adapter.trainable_groups()
+        assert list(groups.dense) == list(adapter.parameters)
+        optimizer = torch.optim.SGD(groups.parameters(), lr=0.2)
+        losses = []
+        for _ in range(3):
+            ids = token_ids(2, 8)
+            with model.active_experts(1), model.count_activations() as counter:
+                loss = model.lm(input_ids=ids, labels=ids).loss
+                loss.backward()
+            losses.append(float(loss.detach()))
+            groups.take_gradients(counter.take() > 0)
+            optimizer.step()
+            groups.zero_grad()
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
     assert fingerprint(model) == before
 
 
@@ -317,9 +408,10 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "another rank": ({"rank": 5}, r"has rank 3, but adapter\.rank is 5; make them agree"),
     "another alpha": ({"alpha": 8}, r"has alpha 16, but adapter\.alpha is 8; make them agree"),
     "experts unasked": (
-        {"experts": False},
+        {"experts": False, "dense_mlp": True},
         r"adapts the experts, but adapter\.experts is false; set adapter\.experts=true",
     ),
+    "dense MLPs missing": ({"dense_mlp": True}, r"adapts no dense_mlp, but adapter\.dense_mlp is true; set"),
     "attention missing": ({"attention": True}, r"adapts no attention, but adapter\.attention is true; set"),
     "router missing": ({"router": True}, r"adapts no router, but adapter\.router is true"),
 }
@@ -329,12 +421,30 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_start_from_an_adapter_that_is_not_what_the_config_says(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    model = tiny_model()
+    model = FoundationModel(tiny_family_lm("qwen2_moe-dense_layer"))
     config = LoraConfig(rank=3, attention=False)
     folder = saved(model, noisy(initial(model, config)), tmp_path)
     with pytest.raises(ConfigError, match=message) as raised:
         initial(model, config.model_copy(update=changes | {"start_from": folder}))
     assert folder in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_start_from_an_adapter_with_dense_mlps(tmp_path: Path, name: str) -> None:
+    model = FoundationModel(tiny_family_lm(name))
+    tensors = noisy(initial(model, LoraConfig(rank=3, attention=False, dense_mlp=True)))
+    config = LoraConfig(rank=3, attention=False, dense_mlp=True, start_from=saved(model, tensors, tmp_path))
+    found = initial(model, config)
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+def test_start_from_an_adapter_without_what_null_means(tmp_path: Path) -> None:
+    model = FoundationModel(tiny_family_lm("llama"))
+    folder = saved(model, noisy(initial(model, LoraConfig(rank=3, dense_mlp=False))), tmp_path)
+    why = "adapts no dense_mlp, but adapter.dense_mlp is null, which is true here; set adapter.dense_mlp=false"
+    with pytest.raises(ConfigError, match=why):
+        initial(model, LoraConfig(rank=3, start_from=folder))
 
 
 def test_start_from_an_adapter_of_another_model(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, save_tiny_family, token_ids
+from builders import FAMILY_VARIANTS, save_tiny_family, token_ids, whole_adapter
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -70,10 +70,6 @@ def adapter(model: FoundationModel, config: LoraConfig, seed: int = 0) -> Tensor
     return moved(lora.initial(model, config, torch.Generator().manual_seed(seed)), seed)
 
 
-def everything(model: FoundationModel, rank: int = 3) -> LoraConfig:
-    return LoraConfig(rank=rank, router=True, shared_experts=bool(model.shared_linears()))
-
-
 def only(tensors: Tensors, *parts: str) -> Tensors:
     return {name: value for name, value in tensors.items() if any(part in name for part in parts)}
 
@@ -131,7 +127,7 @@ def made_by_peft(base: Path, folder: Path, seed: int = 0, **options: Any) -> tor
 def test_plain_peft_computes_the_same_and_what_it_saves_reads_back(
     family_model: FoundationModel, family_folder: Path, tmp_path: Path
 ) -> None:
-    tensors = adapter(family_model, everything(family_model))
+    tensors = adapter(family_model, whole_adapter(family_model))
     folder = write(peft_layout.to_files(tensors, ALPHA, family_model), tmp_path / "ours")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(family_folder), folder)
     expected = by_us(family_model, tensors)
@@ -157,6 +153,8 @@ KINDS: dict[str, tuple[bool, list[str]]] = {
     "both": (False, ["experts.gate_up_proj", "experts.down_proj"]),
     "both and attention": (True, ["experts.down_proj", "experts.gate_up_proj"]),
 }
+INSTEAD = {"experts.gate_up_proj": ["gate_proj", "up_proj"], "experts.down_proj": ["down_proj"]}
+"""Modules that a dense model has instead of experts' parameters."""
 
 
 @pytest.mark.parametrize(("attention", "parameters"), KINDS.values(), ids=KINDS)
@@ -164,6 +162,9 @@ def test_adapters_of_pefts_own_making(
     family_model: FoundationModel, family_folder: Path, tmp_path: Path, attention: bool, parameters: list[str]
 ) -> None:
     modules = sorted({name for _, name in family_model.attention_linears()}) if attention else []
+    if family_model.is_dense:
+        modules += [module for parameter in parameters for module in INSTEAD[parameter]]
+        parameters = []
     expected = made_by_peft(family_folder, tmp_path, target_modules=modules, target_parameters=parameters or None)
     tensors, alpha = peft_layout.from_peft(tmp_path, family_model)
     assert {value.dtype for value in tensors.values()} == {torch.float32}
@@ -172,6 +173,59 @@ def test_adapters_of_pefts_own_making(
     assert (found - logits(family_model.lm)).abs().max() > 0.01
     again = write(peft_layout.to_files(tensors, alpha, family_model), tmp_path / "again")
     assert_close(by_peft(family_folder, again), expected)
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_family("llama", tmp_path_factory.mktemp("dense"))
+
+
+def test_an_adapter_of_a_dense_model_is_ordinary_lora_on_modules(dense_folder: Path) -> None:
+    model = loaded(dense_folder)
+    tensors = adapter(model, LoraConfig(rank=3))
+    config, converted = peft_layout.to_peft(tensors, ALPHA, model, "base")
+    attention = [f"self_attn.{name}_proj" for name in "koqv"]
+    assert config["target_modules"] == ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *attention]
+    assert config["target_parameters"] is None
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (3, ALPHA, {}, {})
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    assert torch.equal(converted[key], tensors["layers.1.mlp.up_proj.lora_A"])
+    part = only(tensors, "1.mlp.down_proj")
+    assert peft_layout.to_peft(part, ALPHA, model, "base")[0]["target_modules"] == ["layers.1.mlp.down_proj"]
+
+
+DENSE_OPTIONS: dict[str, dict[str, Any]] = {
+    "all linears": {"target_modules": "all-linear"},
+    "weights as parameters": {"target_parameters": ["mlp.down_proj.weight", "mlp.gate_proj.weight"]},
+    "ranks and a stable scale": {
+        "target_modules": ["up_proj", "q_proj"],
+        "rank_pattern": {"layers.1.mlp.up_proj": 5},
+        "use_rslora": True,
+    },
+}
+
+
+@pytest.mark.parametrize("options", DENSE_OPTIONS.values(), ids=DENSE_OPTIONS)
+def test_adapters_of_a_dense_model_that_users_of_peft_make(
+    dense_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = loaded(dense_folder)
+    expected = made_by_peft(dense_folder, tmp_path, **options)
+    tensors, alpha = peft_layout.from_peft(tmp_path, model)
+    assert_close(by_us(model, tensors, alpha), expected)
+    assert (expected - logits(model.lm)).abs().max() > 0.01
+
+
+def test_mlps_beside_experts_are_told_of_by_their_weights(tmp_path: Path) -> None:
+    folder = save_tiny_family("deepseek_v3", tmp_path / "base")
+    model = loaded(folder)
+    tensors = only(adapter(model, LoraConfig(rank=3, dense_mlp=True)), ".mlp.", "q_a_proj")
+    config, converted = peft_layout.to_peft(tensors, ALPHA, model, "base")
+    assert config["target_parameters"] == [f"mlp.{matrix}.weight" for matrix in sorted(MATRICES)]
+    assert "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight" in converted
+    written = write(peft_layout.to_files(tensors, ALPHA, model), tmp_path / "adapter")
+    assert_close(by_peft(folder, written), by_us(model, tensors))
+    assert_same(peft_layout.from_peft(written, model), tensors)
 
 
 # One family is enough for what follows.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from builders import save_tiny_model
+from builders import save_tiny_family, save_tiny_model
 from commands import invoke, start
 from denses import LLAMA3_ROPE, save_llama, sizes, tensors
 from pydantic import ValidationError
@@ -60,6 +60,8 @@ def test_models_of_another_kind(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt/config.json").write_text('{"model_type": "gpt2"}')
     refused(tmp_path / "gpt", tmp_path / "sparse", "model type 'gpt2' is not supported; give one of type llama")
+    olmo2 = save_tiny_family("olmo2", tmp_path / "olmo2")
+    refused(olmo2, tmp_path / "sparse", "model type 'olmo2' is not supported; give one of type llama or mistral")
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberfed.errors import RunFolderError
-from emberfed.records import Bundle, Payload, TensorSpec
+from emberfed.records import Bundle, Payload, Rank, TensorSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 JSON = st.recursive(
@@ -120,7 +120,7 @@ def _with_meta(text: str) -> bytes:
 
 def test_specs() -> None:
     assert TensorSpec.of(torch.ones(2, 3)).problem(torch.zeros(2, 3)) is None
-    assert TensorSpec((2, (1, 4)), torch.float32).problem(torch.zeros(2, 4)) is None
+    assert TensorSpec((2, Rank(1, 4)), torch.float32).problem(torch.zeros(2, 4)) is None
     for tensor, words in [
         (torch.zeros(2, 5), "shape"),
         (torch.zeros(2, 0), "shape"),
@@ -128,6 +128,6 @@ def test_specs() -> None:
         (torch.zeros(1, 3), "shape"),
         (torch.zeros(2, 3, dtype=torch.float64), "dtype"),
     ]:
-        problem = TensorSpec((2, (1, 4)), torch.float32).problem(tensor)
+        problem = TensorSpec((2, Rank(1, 4)), torch.float32).problem(tensor)
         assert problem is not None
         assert problem.startswith(words)

@@ -37,7 +37,7 @@ class _Diary(Method):
     Config = _Options
     AdapterConfig = _Options
 
-    def init(self, model: Any, seeds: Any) -> Bundle:
+    def init(self, model: Any, budgets: Any, seeds: Any) -> Bundle:
         return Bundle()
 
     def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:
@@ -52,6 +52,10 @@ class _Diary(Method):
             raise troubles[self.config.trouble]
         days = memory.tensors.get("days", torch.zeros(1)) + 1
         return FitResult(Bundle({"days": days}), Bundle({"days": days}))
+
+    @classmethod
+    def combine(cls, updates: Any, config: Any, previous: Any = None) -> dict[str, torch.Tensor]:
+        return {}
 
     def aggregate(self, state: Bundle, uploads: Any) -> Bundle:
         return state

@@ -17,19 +17,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from emberfed.aggregation import Update, redistribute
     from emberfed.api import Run, evaluate, export, resume, run
+    from emberfed.arena import compare
     from emberfed.engine import load_engine
     from emberfed.errors import EmberfedError
-    from emberfed.method import Method, load_method
+    from emberfed.method import Method, aggregate, load_method
 
 _HOMES = {
     "EmberfedError": "errors",
     "Method": "method",
     "Run": "api",
+    "Update": "aggregation",
+    "aggregate": "method",
+    "compare": "arena",
     "evaluate": "api",
     "export": "api",
     "load_engine": "engine",
     "load_method": "method",
+    "redistribute": "aggregation",
     "resume": "api",
     "run": "api",
 }
@@ -38,11 +44,15 @@ __all__ = [
     "EmberfedError",
     "Method",
     "Run",
+    "Update",
     "__version__",
+    "aggregate",
+    "compare",
     "evaluate",
     "export",
     "load_engine",
     "load_method",
+    "redistribute",
     "resume",
     "run",
 ]

@@ -74,11 +74,15 @@ def _tensor_problem(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, Ten
         return f"foreign tensor {foreign[0]!r}" + (f" and {len(foreign) - 1} more" if foreign[1:] else "")
     if missing:
         return f"tensor {missing[0]!r} is missing" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+    chosen: set[int] = set()
     for name in sorted(specs):
         tensor = tensors[name]
         wrong = specs[name].problem(tensor)
         if wrong:
             return f"tensor {name!r}: {wrong}"
+        chosen |= specs[name].ranks(tensor)
+        if len(chosen) > 1:
+            return f"tensor {name!r}: ranks differ within the upload, found {sorted(chosen)}"
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             return f"tensor {name!r}: {bad} of {tensor.numel()} values are not finite"

@@ -1,20 +1,64 @@
-"""Aggregation as pure functions on tensors. Inputs are never changed; sums run in client order, in fp32.
+"""Aggregation as pure functions on named tensors. Inputs are never changed; sums run in the order given, in fp32.
+
+Tensors of clients are asked for one at a time where the sum allows it, so they may be read from disk and the server's
+memory does not grow with the number of clients.
 
 Shape suffixes: C clients, L layers, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
+
+from emberfed.errors import AggregationError
+from emberfed.factors import Pair, cut
 
 Frequency = Literal["per_token", "per_activation", "per_activation_over_k"]
 """How often an expert was used by a client; see `activation_frequency`."""
 
 FREQUENCIES: tuple[Frequency, ...] = get_args(Frequency)
+
+Unused = Literal["keep", "average"]
+"""What becomes of an expert that no client used."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """What one client brings to an aggregation.
+
+    Attributes:
+        client: Its name, for messages.
+        tensors: By name. `<path>.lora_A` (..., R, in) and `<path>.lora_B` (..., out, R) are a LoRA pair, which adapts a
+            weight by alpha / R * B A with one alpha for all clients; anything else is a tensor on its own.
+        examples: Training examples, n_c.
+        tokens: Tokens it trained on, for activation-aware weights.
+        top_k: Experts it activated per token, for activation-aware weights.
+        activations: (E,) (token, slot) assignments to each expert, by what the names of the tensors stacked over those
+            experts, (E, ...), begin with.
+    """
+
+    client: str
+    tensors: Mapping[str, Tensor]
+    examples: int
+    tokens: int | None = None
+    top_k: int | None = None
+    activations: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ActivationRule:
+    """How much an expert's use weighs: the reading of frequency, and its exponent."""
+
+    frequency: Frequency
+    temperature: float
 
 
 def data_weights(examples_C: Tensor) -> Tensor:
@@ -61,6 +105,217 @@ def expert_weights(shares_C: Tensor, frequency_CLE: Tensor, temperature: float) 
     raw_CLE = shares_C.to(torch.float64)[:, None, None] * relative_CLE**temperature * (peak_1LE > 0)
     total_1LE = raw_CLE.sum(dim=0, keepdim=True)
     return raw_CLE / torch.where(total_1LE > 0, total_1LE, torch.ones_like(total_1LE))
+
+
+@final
+class Weights:
+    """The share of each client in each tensor, by the tensor's name. Shares of a tensor sum to 1 over clients.
+
+    Attributes:
+        shares_C: Shares of data-size averaging, float64.
+    """
+
+    def __init__(self, updates: Sequence[Update], rule: ActivationRule | None = None, unused: Unused = "keep") -> None:
+        """Weigh clients by data size; experts, where `rule` says how, by their use too (A3SMoE eq. 7, FLAME).
+
+        Args:
+            updates: At least one.
+            rule: How the use of an expert weighs; None: not at all.
+            unused: An expert that nobody used has weight 0 under `keep`, whatever the rule, so that it can keep what it
+                was; its data-size shares under `average`, for callers who do not know what it was.
+
+        Raises: AggregationError if there is no update, a size is not positive, or a rule lacks what it weighs by.
+        """
+        if not updates:
+            raise AggregationError("there are no updates to put together; give at least one")
+        for update in updates:
+            if update.examples < 1:
+                raise AggregationError(f"{update.client}: examples must be at least 1, found {update.examples}")
+        self.shares_C = data_weights(torch.tensor([update.examples for update in updates], dtype=torch.float64))
+        self._experts_CE = _expert_shares(updates, self.shares_C, rule)
+        if unused == "average":
+            self._experts_CE = {
+                prefix: torch.where(shares_CE.sum(dim=0) > 0, shares_CE, self.shares_C[:, None])
+                for prefix, shares_CE in self._experts_CE.items()
+            }
+
+    def of(self, name: str) -> Tensor:
+        """Return the shares in a tensor, float64: (C,), or (C, E) if it is stacked over experts whose use is known."""
+        prefix = self._prefix(name)
+        return self.shares_C if prefix is None else self._experts_CE[prefix]
+
+    def used(self, name: str) -> Tensor | None:
+        """Return which experts of a tensor have a weight, bool (E,); None if it has none, or their use is not known."""
+        prefix = self._prefix(name)
+        return None if prefix is None else self._experts_CE[prefix].sum(dim=0) > 0
+
+    def _prefix(self, name: str) -> str | None:
+        return next((prefix for prefix in self._experts_CE if name.startswith(prefix)), None)
+
+
+def _expert_shares(updates: Sequence[Update], shares_C: Tensor, rule: ActivationRule | None) -> dict[str, Tensor]:
+    """Return the shares in stacked tensors, (C, E), by prefix of their names. Raises: AggregationError."""
+    prefixes = sorted(updates[0].activations)
+    for update in updates:
+        if sorted(update.activations) != prefixes:
+            raise AggregationError(
+                f"{update.client} counted activations of {sorted(update.activations)}, {updates[0].client} of "
+                f"{prefixes}; all clients must have the same layers with experts"
+            )
+        if rule is not None and (not prefixes or update.tokens is None or update.top_k is None):
+            raise AggregationError(
+                f"{update.client}: activation-aware weights need activations, tokens and top_k; give them, or weigh by "
+                f"data"
+            )
+    shares = {}
+    for prefix in prefixes:
+        sizes = {tuple(update.activations[prefix].shape) for update in updates}
+        if len(sizes) > 1 or len(next(iter(sizes))) != 1:
+            raise AggregationError(f"activations of {prefix!r} must be one (experts,) for all, found {sorted(sizes)}")
+        counts_C1E = torch.stack([update.activations[prefix] for update in updates])[:, None]
+        frequency_C1E = (counts_C1E.sum(dim=0, keepdim=True) > 0).expand(counts_C1E.shape).to(torch.float64)
+        if rule is not None:
+            tokens_C = torch.tensor([update.tokens for update in updates])
+            top_k_C = torch.tensor([update.top_k for update in updates])
+            frequency_C1E = activation_frequency(counts_C1E, tokens_C, top_k_C, rule.frequency)
+        shares[prefix] = expert_weights(shares_C, frequency_C1E, 0.0 if rule is None else rule.temperature)[:, 0]
+    return shares
+
+
+def unused(previous: Mapping[str, Tensor] | None) -> Unused:
+    """Return what can become of an expert nobody used, when this is known of what it was."""
+    return "average" if previous is None else "keep"
+
+
+def average(updates: Sequence[Update], weights: Weights, previous: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return the weighted mean of every tensor, by sorted name. A and B of a LoRA are averaged separately.
+
+    Args:
+        updates: All with the same names and shapes.
+        weights: Of these updates.
+        previous: What the clients began with: an expert with weight 0 keeps its bits.
+
+    Raises: AggregationError if names or shapes differ.
+    """
+    return {name: average_one(updates, name, weights, previous) for name in common_names(updates)}
+
+
+def average_one(
+    updates: Sequence[Update], name: str, weights: Weights, previous: Mapping[str, Tensor] | None
+) -> Tensor:
+    """Return the weighted mean of one tensor, as `average`."""
+    shares = weights.of(name)
+    if shares.dim() == 1:
+        return mean(received(updates, name), shares)
+    before = (updates[0].tensors if previous is None else previous)[name]
+    return mean_per_expert(before, received(updates, name), shares)
+
+
+def common_names(updates: Sequence[Update]) -> list[str]:
+    """Return the names of the updates' tensors, sorted. Raises: AggregationError if they differ between clients."""
+    first = updates[0]
+    for update in updates[1:]:
+        odd = sorted(set(update.tensors) ^ set(first.tensors))
+        if odd:
+            having, lacking = (update, first) if odd[0] in update.tensors else (first, update)
+            raise AggregationError(
+                f"{having.client} sent {odd[0]!r}, which {lacking.client} did not; all clients must train the same "
+                f"adapter"
+            )
+    return sorted(first.tensors)
+
+
+def received(updates: Sequence[Update], name: str) -> Iterator[Tensor]:
+    """Yield one tensor of each client, in order. Raises: AggregationError at the first whose shape is another."""
+    expected: torch.Size | None = None
+    for update in updates:
+        tensor = update.tensors[name]
+        expected = tensor.shape if expected is None else expected
+        if tensor.shape != expected:
+            raise AggregationError(
+                f"{update.client}: {name!r} has shape {tuple(tensor.shape)}, {updates[0].client} sent "
+                f"{tuple(expected)}; this can only be averaged in equal shapes (use a method that mixes ranks)"
+            )
+        yield tensor
+
+
+def lora_paths(updates: Sequence[Update]) -> tuple[list[str], list[str]]:
+    """Return the paths of the LoRA pairs, and the names of all other tensors; both sorted.
+
+    Which factor is A and which is B is told by name, never by shape.
+
+    Raises: AggregationError if names differ between clients, or a factor is alone.
+    """
+    names = common_names(updates)
+    paths = [name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")]
+    of_pairs = {f"{path}.{factor}" for path in paths for factor in ("lora_A", "lora_B")}
+    alone = sorted(of_pairs - set(names)) or [n for n in names if n.endswith(".lora_B") and n not in of_pairs]
+    if alone:
+        raise AggregationError(f"{alone[0]!r}: lora_A and lora_B belong together, one of them is missing")
+    return paths, [name for name in names if name not in of_pairs]
+
+
+def received_pairs(updates: Sequence[Update], path: str) -> Iterator[Pair]:
+    """Yield one LoRA pair of each client, in order; ranks may differ between clients, other sizes may not.
+
+    Raises: AggregationError at the first that does not fit.
+    """
+    expected: tuple[tuple[int, ...], ...] | None = None
+    for update in updates:
+        pair = Pair(update.tensors[f"{path}.lora_A"], update.tensors[f"{path}.lora_B"])
+        shapes = (tuple(pair.a.shape), tuple(pair.b.shape))
+        if min(pair.a.dim(), pair.b.dim()) < 2 or pair.a.shape[-2] != pair.b.shape[-1]:
+            raise AggregationError(
+                f"{update.client}: {path!r} has lora_A {shapes[0]} and lora_B {shapes[1]}; expected "
+                f"(..., R, in) and (..., out, R)"
+            )
+        sizes = (*pair.a.shape[:-2], *pair.a.shape[-1:]), tuple(pair.b.shape[:-1])
+        expected = sizes if expected is None else expected
+        if sizes != expected:
+            raise AggregationError(
+                f"{update.client}: {path!r} has lora_A {shapes[0]} and lora_B {shapes[1]}, which is of another weight "
+                f"than {updates[0].client}'s; only ranks may differ"
+            )
+        yield pair
+
+
+def previous_pair(
+    updates: Sequence[Update], path: str, previous: Mapping[str, Tensor] | None, rank: int | None = None
+) -> Pair:
+    """Return a LoRA pair as it was; zeros of the largest rank of any client, or of `rank`, if that is not known."""
+    if previous is not None:
+        return Pair(previous[f"{path}.lora_A"], previous[f"{path}.lora_B"])
+    largest = max(pair.rank for pair in received_pairs(updates, path))
+    a, b = next(received_pairs(updates, path))
+    rank = largest if rank is None else rank
+    return Pair(a.new_zeros(*a.shape[:-2], rank, a.shape[-1]), b.new_zeros(*b.shape[:-1], rank))
+
+
+def named(path: str, pair: Pair) -> dict[str, Tensor]:
+    """Return a LoRA pair's tensors by name."""
+    return {f"{path}.lora_A": pair.a, f"{path}.lora_B": pair.b}
+
+
+def redistribute(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return a global adapter cut to a client's rank: the first components of each LoRA, at their share in the weights.
+
+    For HetLoRA and FlexLoRA. Other tensors are as they were.
+
+    Raises: AggregationError if the rank is below 1, or above a LoRA's.
+    """
+    result = {}
+    for name, tensor in sorted(tensors.items()):
+        path, _, factor = name.rpartition(".")
+        if factor not in ("lora_A", "lora_B"):
+            result[name] = tensor
+            continue
+        pair = Pair(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"])
+        if not 1 <= rank <= pair.rank:
+            raise AggregationError(
+                f"rank {rank} cannot be cut from {path!r} of rank {pair.rank}; choose 1 to {pair.rank}"
+            )
+        result[name] = cut(pair, rank).a if factor == "lora_A" else cut(pair, rank).b
+    return result
 
 
 def mean(tensors: Iterable[Tensor], weights_C: Tensor) -> Tensor:

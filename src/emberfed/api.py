@@ -53,9 +53,14 @@ def run(
     """
     checked = _config(source, overrides)
     path = (Path(output) if output is not None else free_path(checked, source)).absolute()
+    return begin(checked, path, assembly.Materials(), listen)
+
+
+def begin(checked: RunConfig, path: Path, materials: assembly.Materials, listen: events.Listener) -> Run:
+    """Run a federation from start to report in a folder that is absent or empty. Raises: EmberfedError."""
     check_free(path)
     with cpu_threads(checked.model.threads):
-        material = assembly.gather(checked)
+        material = materials.gather(checked)
         folder = assembly.start(checked, path, material)
         with folder.locked():
             return _carry_out(checked, folder, material, listen)
@@ -79,7 +84,16 @@ def resume(path: str | Path, *, rounds: int | None = None, listen: events.Listen
         if rounds < done:
             raise ConfigError(f"{path} has {done} rounds already; --rounds must be at least that, found {rounds}")
         checked = replace(checked, training=checked.training.model_copy(update={"rounds": rounds}))
-    with _reopened(folder, checked) as material:
+    return go_on(checked, folder, assembly.Materials(), listen)
+
+
+def go_on(checked: RunConfig, folder: RunFolder, materials: assembly.Materials, listen: events.Listener) -> Run:
+    """Go on with a run, as configured now, from its last whole round.
+
+    Raises:
+        EmberfedError: one of its kinds; also if settings, data or model are not those the run began with.
+    """
+    with _reopened(folder, checked, materials) as material:
         storage.write(folder.path / "config.yaml", checked.yaml().encode())
         return _carry_out(checked, folder, material, listen)
 
@@ -103,7 +117,7 @@ def evaluate(
         raise ConfigError(f"top_k {list(top_k)}: expected whole numbers from 1, such as [1, 2, 4, 8]")
     if not folder.rounds():
         raise RunFolderError(f"{path} holds no whole round yet; go on with `emberfed resume {path}`")
-    with _reopened(folder, checked) as material:
+    with _reopened(folder, checked, assembly.Materials()) as material:
         found = folder.latest()
         assert found is not None, "there is a round, and a damaged one raises"
         round, state, problems = found
@@ -113,7 +127,7 @@ def evaluate(
         if top_k is not None:
             tiers = [clients.Tier(name=f"K={k}", share=1 / len(top_k), top_k=k) for k in top_k]
             budgets = clients.resolve(tiers, material.model.native_top_k, material.model.largest_top_k)
-            federation = replace(federation, budgets=tuple(budgets))
+            federation = replace(federation, evaluated=tuple(budgets))
         return rounds.evaluate_tiers(federation, state, round, listen)
 
 
@@ -211,11 +225,11 @@ def free_path(checked: RunConfig, source: str | Path | Mapping[str, Any] | None)
 
 
 @contextmanager
-def _reopened(folder: RunFolder, checked: RunConfig) -> Iterator[assembly.Material]:
+def _reopened(folder: RunFolder, checked: RunConfig, materials: assembly.Materials) -> Iterator[assembly.Material]:
     """Hold an existing run, with the material it began with. Raises: EmberfedError."""
     assembly.check_same_settings(folder, checked)
     with folder.locked(), cpu_threads(checked.model.threads):
-        material = assembly.gather(checked)
+        material = materials.gather(checked)
         assembly.check_same_data(folder, material)
         assembly.check_same_model(folder, material.model)
         yield material

@@ -25,6 +25,7 @@ from emberfed.data.loading import Corpus, load
 from emberfed.data.partition import Partition, partition
 from emberfed.data.tokenise import Shard, check_vocabulary, tokenise
 from emberfed.errors import RunFolderError
+from emberfed.models.config import ModelConfig
 from emberfed.models.fingerprint import fingerprint
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.loading import load as load_model
@@ -51,23 +52,85 @@ class Material:
     budgets: tuple[Budget, ...]
 
 
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Data:
+    """The part of the material that was made of the data section, with the tokenizer."""
+
+    corpus: Corpus
+    partition: Partition
+    shards: Mapping[str, Shard]
+    test: Shard
+    inspection: Inspection
+
+
+@final
+class Materials:
+    """Gathers material, one run's after another's; whoever asks for the last model or data again is given the same."""
+
+    def __init__(self) -> None:
+        """Nothing is loaded yet."""
+        self._models: dict[ModelConfig, tuple[FoundationModel, PreTrainedTokenizerBase]] = {}
+        self._data: dict[str, _Data] = {}
+
+    def gather(self, config: RunConfig) -> Material:
+        """Load and check everything a run needs. Raises: ConfigError, DataError, ModelError."""
+        seeds = Seeds(config.seed)
+        model, tokenizer = self._model(config)
+        check_vocabulary(tokenizer, model.shape.vocabulary)
+        check_possible(model, config.training)
+        budgets = clients.resolve(config.clients.tiers, model.native_top_k, model.largest_top_k)
+        data = self._divided(config, tokenizer, seeds)
+        sizes = {id_: len(shard.examples) for id_, shard in data.shards.items()}
+        enrolled = clients.enrol(sizes, config.clients, model.native_top_k, model.largest_top_k, seeds)
+        return Material(
+            model,
+            tokenizer,
+            data.corpus,
+            data.partition,
+            data.shards,
+            data.test,
+            data.inspection,
+            enrolled,
+            tuple(budgets),
+        )
+
+    def _model(self, config: RunConfig) -> tuple[FoundationModel, PreTrainedTokenizerBase]:
+        key = model_key(config)
+        if key not in self._models:
+            self._models.clear()  # before the next one is loaded: two may not fit
+            self._models[key] = load_model(config.model)
+        return self._models[key]
+
+    def _divided(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, seeds: Seeds) -> _Data:
+        key = data_key(config)
+        if key not in self._data:
+            self._data.clear()
+            corpus = load(config.data, seeds)
+            divided = partition(corpus.train, config.data.partition, config.clients.count, seeds)
+            shards = {
+                id_: tokenise(corpus.train.select(rows), tokenizer, config.data, id_)
+                for id_, rows in divided.rows.items()
+            }
+            test = tokenise(corpus.test, tokenizer, config.data, "test split")
+            self._data[key] = _Data(corpus, divided, shards, test, inspect(corpus, divided, shards))
+        return self._data[key]
+
+
+def model_key(config: RunConfig) -> ModelConfig:
+    """Return what runs that share a loaded model agree on."""
+    return config.model.model_copy(update={"threads": None})
+
+
+def data_key(config: RunConfig) -> str:
+    """Return what runs that share divided and tokenised data agree on."""
+    tokenizer = config.model.tokenizer or config.model.path, config.model.revision
+    return repr((config.seed, config.data, config.clients.count, tokenizer))
+
+
 def gather(config: RunConfig) -> Material:
     """Load and check everything a run needs. Raises: ConfigError, DataError, ModelError."""
-    seeds = Seeds(config.seed)
-    model, tokenizer = load_model(config.model)
-    check_vocabulary(tokenizer, model.shape.vocabulary)
-    check_possible(model, config.training)
-    budgets = clients.resolve(config.clients.tiers, model.native_top_k, model.largest_top_k)
-    corpus = load(config.data, seeds)
-    divided = partition(corpus.train, config.data.partition, config.clients.count, seeds)
-    shards = {
-        id_: tokenise(corpus.train.select(rows), tokenizer, config.data, id_) for id_, rows in divided.rows.items()
-    }
-    test = tokenise(corpus.test, tokenizer, config.data, "test split")
-    sizes = {id_: len(shard.examples) for id_, shard in shards.items()}
-    enrolled = clients.enrol(sizes, config.clients, model.native_top_k, model.largest_top_k, seeds)
-    inspection = inspect(corpus, divided, shards)
-    return Material(model, tokenizer, corpus, divided, shards, test, inspection, enrolled, tuple(budgets))
+    return Materials().gather(config)
 
 
 def start(config: RunConfig, path: Path, material: Material) -> RunFolder:
@@ -109,13 +172,18 @@ def check_same_settings(folder: RunFolder, config: RunConfig) -> None:
 
     Raises: RunFolderError naming the keys that differ.
     """
-    began, now = folder.read_object("run.json").get("settings", {}), fixed_settings(config)
-    changed = sorted(key for key in {*began, *now} if began.get(key) != now.get(key))
+    changed = changed_settings(folder, config)
     if changed:
         raise RunFolderError(
             f"{folder.path / 'config.yaml'} was changed since the run began ({', '.join(changed)}); one run is one "
             f"experiment: put it back, or start a new run"
         )
+
+
+def changed_settings(folder: RunFolder, config: RunConfig) -> list[str]:
+    """Return the keys of the settings that are not those the run began with, of those that must stay as they are."""
+    began, now = folder.read_object("run.json").get("settings", {}), fixed_settings(config)
+    return sorted(key for key in {*began, *now} if began.get(key) != now.get(key))
 
 
 PLACES = ("data.path", "model.path", "adapter.start_from")
@@ -158,6 +226,7 @@ def federate(
         clients=material.clients,
         participation=config.clients,
         budgets=material.budgets,
+        evaluated=tuple(budget for budget in material.budgets if config.evaluation.includes(budget.tier)),
         test=material.test,
         evaluation=config.evaluation,
         keep_uploads=config.output.keep_uploads,

@@ -109,10 +109,12 @@ def resolve(tiers: Sequence[Tier], native_top_k: int, largest_top_k: int) -> lis
     for tier in tiers:
         top_k = tier.top_k if tier.top_k is not None else max(1, math.floor(native_top_k * (tier.beta or 0) + 1e-9))
         if top_k > largest_top_k:
-            raise ConfigError(
-                f"clients.tiers: tier {tier.name!r} has top_k {top_k}, the model can send a token to "
-                f"{largest_top_k} experts at most; choose 1 to {largest_top_k}"
+            limit = (
+                f"send a token to {largest_top_k} experts at most; choose 1 to {largest_top_k}"
+                if largest_top_k > 1
+                else "activate one only, as dense models do; set top_k: 1, or give beta"
             )
+            raise ConfigError(f"clients.tiers: tier {tier.name!r} has top_k {top_k}, the model can {limit}")
         budgets.append(Budget(tier.name, top_k, tier.rank))
     return budgets
 

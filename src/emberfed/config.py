@@ -14,7 +14,7 @@ from pydantic import Field
 from emberfed.clients import ClientsConfig
 from emberfed.data.config import DataConfig
 from emberfed.engine import Engine, load_engine
-from emberfed.errors import ConfigError
+from emberfed.errors import ConfigError, closest, one_of
 from emberfed.evaluation import EvaluationConfig
 from emberfed.method import Method, load_method
 from emberfed.models.config import ModelConfig
@@ -112,6 +112,7 @@ def quickstart_path() -> Path:
 def parse(values: Mapping[str, Any]) -> RunConfig:
     """Check plain values. Raises: ConfigError naming each bad key, the closest allowed one, and what to do."""
     sections = validate(_Sections, values, "")
+    _check_evaluated(sections.evaluation, sections.clients)
     method_name, method_values = _named(sections.method, "method")
     engine_name, engine_values = _named(sections.engine, "engine")
     method, engine = load_method(method_name), load_engine(engine_name)
@@ -129,6 +130,16 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
         evaluation=sections.evaluation,
         output=sections.output,
     )
+
+
+def _check_evaluated(evaluation: EvaluationConfig, clients: ClientsConfig) -> None:
+    """Check that the tiers to evaluate at are there. Raises: ConfigError."""
+    names = [tier.name for tier in clients.tiers]
+    for name in evaluation.tiers or ():
+        if name not in names:
+            raise ConfigError(
+                f"'evaluation.tiers': no tier is called {name!r}{closest(name, names)} (there are {one_of(names)})"
+            )
 
 
 def _named(section: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:

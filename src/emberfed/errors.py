@@ -58,6 +58,12 @@ class ClientError(EmberfedError):
     exit_code = 8
 
 
+class AggregationError(EmberfedError):
+    """Updates that cannot be put together: other tensors, shapes or ranks than the method can mix."""
+
+    exit_code = 9
+
+
 class Interrupted(EmberfedError):
     """The user stopped the run; it is resumable."""
 

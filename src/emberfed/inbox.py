@@ -95,7 +95,7 @@ class Inbox:
             "round": self._round,
             "client": client.id,
             "tier": client.budget.tier,
-            "top_k": client.budget.top_k,
+            "top_k": content.meta["top_k"],
             "examples": content.meta["examples"],
             "bytes_down": self._bytes_down[client.id],
             "bytes_up": len(reply.upload),

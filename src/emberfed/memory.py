@@ -7,11 +7,11 @@ it then holds for every other (a single sequence may keep less, since some copie
 of tensors.
 
 A step's peak is the largest of these moments. A(l) is what layer l keeps, A(end) what the final norm keeps, G(l) the
-gradients of its part of the adapter, H the logits, X the hidden states of all positions, W what backward of one layer
-needs beside them:
+gradients of its part of the adapter, H the logits, X the hidden states of all positions, W what backward of a layer's
+experts or MLP needs beside them:
 
     backward begins          A(all) + A(end) + 3 H
-    backward of layer l      A(0..l) + G(l..last) + 4 X + W
+    backward of layer l      A(0..l) + G(l..last) + 4 X + W     without G(l) if the layer has no experts
     optimiser                G(all)
 
 With gradient checkpointing a layer keeps X, its input, and A(l) while its own backward runs.
@@ -145,11 +145,15 @@ def _moments(model: FoundationModel, step: Step, saved: SavedBytes, gradients: S
     below = list(accumulate(kept, initial=0))[:-1]
     present = [under + layer for under, layer in zip(below, layers, strict=True)]
     formed = list(accumulate(reversed(gradients)))[::-1]
-    beside = _HIDDEN * hidden + _expert_bytes(model, step)
+    sparse = set(model.shape.sparse_layers)
+    experts, mlp = _expert_bytes(model, step), _mlp_bytes(model, step)
+    beside = [_HIDDEN * hidden + (experts if layer in sparse else mlp) for layer in range(len(layers))]
+    # A mixture is one node and has its gradients at once; an MLP's come as its activations go.
+    formed = [grown if layer in sparse else grown - gradients[layer] for layer, grown in enumerate(formed)]
     logits = _LOGITS * step.sequences * step.head_positions * model.shape.vocabulary * _FLOAT32_BYTES
     earlier = sum(gradients) if step.micro_batches > 1 else 0
     backward_begins = sum(kept) + after + logits
-    layers_backward = max(here + grown + beside for here, grown in zip(present, formed, strict=True))
+    layers_backward = max(map(sum, zip(present, formed, beside, strict=True)))
     optimiser = sum(gradients)
     return max(sum(kept) + after, *present), max(earlier + backward_begins, earlier + layers_backward, optimiser)
 
@@ -171,10 +175,16 @@ def _gradient_bytes(model: FoundationModel, adapter: Mapping[str, Tensor], reach
 
 
 def _expert_bytes(model: FoundationModel, step: Step) -> int:
-    """Return W: the tensors of one expert in backward, at an equal share of the rows."""
+    """Return W of a layer with experts: the tensors of one in backward, at an equal share of the rows."""
     shape = model.shape
     rows = step.sequences * step.length * model.top_k / shape.num_experts
     return round(rows * (3 * shape.hidden + 7 * shape.expert_intermediate) * _FLOAT32_BYTES)
+
+
+def _mlp_bytes(model: FoundationModel, step: Step) -> int:
+    """Return W of a layer without experts: gradients of its MLP's two halves; that of their product replaces itself."""
+    half: int = step.sequences * step.length * model.shape.dense_intermediate * model.lm.dtype.itemsize
+    return 2 * half
 
 
 @final

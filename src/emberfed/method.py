@@ -5,15 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from emberfed import plugins
+from emberfed.aggregation import Update
 from emberfed.clients import Budget, Client
 from emberfed.data.tokenise import Shard
+from emberfed.errors import AggregationError, ConfigError
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Bundle, FitResult, Payload, TensorSpec
-from emberfed.sections import Section
+from emberfed.sections import Section, validate
 from emberfed.seeds import Seeds
+from emberfed.server_optimizer import ServerOptimizerConfig
 from emberfed.training import Trainer
 
 
@@ -71,6 +78,23 @@ class Method(ABC):
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Return the next state from admitted uploads, sorted by client id and never empty. Pure."""
 
+    @classmethod
+    @abstractmethod
+    def combine(
+        cls, updates: Sequence[Update], config: Any, previous: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return what the method makes of its clients' tensors: its rule of aggregation alone, without any state.
+
+        `aggregate` goes through it, and so does `emberfed.aggregate`, for users of other frameworks.
+
+        Args:
+            updates: At least one; summed in the order given.
+            config: An instance of `Config`.
+            previous: What the clients began with; what nobody trained keeps its bits.
+
+        Raises: AggregationError if the updates do not go together.
+        """
+
     @abstractmethod
     def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> AbstractContextManager[FoundationModel]:
         """Give the global model as a device of that budget would run it; on exit the model is as found."""
@@ -88,3 +112,38 @@ def method_names() -> list[str]:
 def load_method(name: str) -> type[Method]:
     """Return the method of that name. Raises: ConfigError listing what exists if it is unknown."""
     return plugins.load("emberfed.methods", name, Method)  # type: ignore[type-abstract]
+
+
+def aggregate(
+    updates: Sequence[Update], *, method: str, previous: Mapping[str, Tensor] | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """Return what a method makes of clients' named tensors, for users of any framework. Stateless and pure.
+
+    Args:
+        updates: What the clients sent. The order does not matter: sums run by sorted client name.
+        method: `a3smoe`, `flame`, `homolora`, `hetlora`, `flexlora` or `flora` (`emberfed methods` lists them).
+        previous: The global tensors the clients began with. An expert, or a component of a LoRA, that nobody trained
+            keeps its bits; without it such experts are averaged by data size.
+        options: The method's options, as in the `method` section of a configuration.
+
+    Returns:
+        The global tensors by sorted name. HetLoRA's and FlexLoRA's are of the rank of `previous`, or the largest rank
+        sent; `redistribute` cuts them for a client. FLoRA's is the stack, of rank sum r_c, to be merged into the base.
+
+    Raises:
+        ConfigError: if the method or an option is unknown.
+        AggregationError: if the updates do not go together, or hold numbers that are not finite.
+    """
+    chosen = load_method(method)
+    config = validate(chosen.Config, options, "options")
+    if getattr(config, "server_optimizer", None) not in (None, ServerOptimizerConfig()):
+        raise ConfigError("options.server_optimizer has a memory, and this function has none; leave it out")
+    ordered = sorted(updates, key=lambda update: update.client)
+    twice = [one.client for one, next_ in pairwise(ordered) if one.client == next_.client]
+    if twice:
+        raise AggregationError(f"client {twice[0]!r} has two updates; give one for each client")
+    for update in ordered:
+        for name in sorted(update.tensors):
+            if not bool(torch.isfinite(update.tensors[name]).all()):
+                raise AggregationError(f"{update.client}: {name!r} holds numbers that are not finite; leave it out")
+    return chosen.combine(ordered, config, previous)

@@ -184,10 +184,19 @@ class ClientFailed:
 
 @final
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What an upload's tensor must look like; a dimension given as a pair is an inclusive range (rank may shrink)."""
+class Rank:
+    """A dimension that the sender chooses within bounds, both inclusive, and the same in all of an upload's tensors."""
 
-    shape: tuple[int | tuple[int, int], ...]
+    low: int
+    high: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What an upload's tensor must look like."""
+
+    shape: tuple[int | Rank, ...]
     dtype: torch.dtype
 
     @staticmethod
@@ -199,9 +208,16 @@ class TensorSpec:
         """Return what is wrong with `tensor`, or None."""
         if tensor.dtype != self.dtype:
             return f"dtype {tensor.dtype}, expected {self.dtype}"
-        ranges = [size if isinstance(size, tuple) else (size, size) for size in self.shape]
+        ranges = [size if isinstance(size, Rank) else Rank(size, size) for size in self.shape]
         if len(ranges) == tensor.dim() and all(
-            low <= size <= high for size, (low, high) in zip(tensor.shape, ranges, strict=True)
+            allowed.low <= size <= allowed.high for size, allowed in zip(tensor.shape, ranges, strict=True)
         ):
             return None
-        return f"shape {tuple(tensor.shape)}, expected {self.shape}"
+        expected = ", ".join(
+            str(rank.low) if rank.low == rank.high else f"{rank.low} to {rank.high}" for rank in ranges
+        )
+        return f"shape {tuple(tensor.shape)}, expected ({expected})"
+
+    def ranks(self, tensor: torch.Tensor) -> set[int]:
+        """Return the sizes of those of the tensor's dimensions that its sender chose."""
+        return {size for size, wanted in zip(tensor.shape, self.shape, strict=True) if isinstance(wanted, Rank)}

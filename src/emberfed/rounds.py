@@ -28,7 +28,12 @@ _OVERFLOW = "the model overflows: lower training.learning_rate, or use model.dty
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Federation:
-    """All that the loop works with; `assembly.federate` makes one."""
+    """All that the loop works with; `assembly.federate` makes one.
+
+    Attributes:
+        budgets: Those of all tiers.
+        evaluated: Those that the global model is evaluated at.
+    """
 
     rounds: int
     seeds: Seeds
@@ -39,6 +44,7 @@ class Federation:
     clients: tuple[Client, ...]
     participation: ClientsConfig
     budgets: tuple[Budget, ...]
+    evaluated: tuple[Budget, ...]
     test: Shard
     evaluation: EvaluationConfig
     keep_uploads: bool
@@ -81,7 +87,7 @@ def evaluate_tiers(
 ) -> list[dict[str, Json]]:
     """Evaluate the global model as each budget would run it; one line for metrics.jsonl per budget."""
     lines: list[dict[str, Json]] = []
-    for budget in federation.budgets:
+    for budget in federation.evaluated:
         started = time.perf_counter()
 
         def progress(done: int, total: int, tier: str = budget.tier) -> None:

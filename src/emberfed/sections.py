@@ -27,7 +27,7 @@ class Section(BaseModel):
         """Python counts true as 1; a configuration that says so is mistaken."""
         for name, value in values.items() if isinstance(values, Mapping) else ():
             field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field and field.annotation is not bool:
+            if isinstance(value, bool) and field and field.annotation not in (bool, bool | None):
                 raise ValueError(f"{name} must not be {str(value).lower()}")
         return values
 

@@ -1,7 +1,8 @@
 """Pretraining of the built-in model: a byte-level BPE tokenizer and a tiny OLMoE, on the built-in world's plain text.
 
 Run `python -m emberfed.builtin.pretrain` to make the model that ships with the package again (CPU, one thread, about
-ten minutes). The folder it writes holds a transformers model and tokenizer, and `recipe.json`: the exact
+ten minutes). `--dense --output FOLDER` makes a small dense LLaMA in the same way, of the same text and with the same
+tokenizer, in about six. The folder written holds a transformers model and tokenizer, and `recipe.json`: the exact
 arguments and what came of them.
 """
 
@@ -13,6 +14,7 @@ import json
 import math
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +25,7 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from emberfed.builtin import model_path, plain_text
 from emberfed.seeds import Seeds
@@ -33,21 +35,19 @@ PADDING = "<|padding|>"
 _DOCUMENTS_PER_CHUNK = 2000
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Everything the result depends on, besides library versions and the number of threads."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pretraining(ABC):
+    """Everything the result depends on, besides library versions and the number of threads.
+
+    Attributes are sizes of the tokenizer, the model and the training; what they add is the model's architecture.
+    """
 
     seed: int = 0
     vocab_size: int = 1536
     tokenizer_documents: int = 20_000
     hidden_size: int = 128
-    expert_size: int = 64
     layers: int = 4
     heads: int = 4
-    experts: int = 32
-    top_k: int = 8
-    router_aux_loss_coef: float = 0.01
     max_positions: int = 512
     sequence_tokens: int = 256
     batch_size: int = 8
@@ -57,8 +57,80 @@ class Recipe:
     weight_decay: float = 0.1
     threads: int = 1
 
+    @abstractmethod
+    def build(self, tokenizer: Any) -> Any:
+        """Return the model with fresh weights, drawn from torch's global stream."""
 
-def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    @abstractmethod
+    def losses(self, model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return what is minimised, and the cross-entropy in it, in nats per token."""
+
+    def common(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the settings that transformers' configs of all architectures here share."""
+        return {
+            "vocab_size": len(tokenizer),
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": True,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe(Pretraining):
+    """The built-in model: an OLMoE."""
+
+    expert_size: int = 64
+    experts: int = 32
+    top_k: int = 8
+    router_aux_loss_coef: float = 0.01
+
+    def build(self, tokenizer: Any) -> Any:
+        """Return an OLMoE with fresh weights."""
+        config = OlmoeConfig(
+            **self.common(tokenizer),
+            intermediate_size=self.expert_size,
+            num_experts=self.experts,
+            num_experts_per_tok=self.top_k,
+            norm_topk_prob=False,
+            router_aux_loss_coef=self.router_aux_loss_coef,
+        )
+        return OlmoeForCausalLM(config)
+
+    def losses(self, model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the loss with the routers' own, and without it."""
+        output = model(input_ids=input_ids, labels=input_ids, output_router_logits=True)
+        balance = float(output.aux_loss.detach())
+        return output.loss, float(output.loss.detach()) - self.router_aux_loss_coef * balance
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseRecipe(Pretraining):
+    """Its dense relative: a LLaMA about as large as the part of the built-in model that is active at its own K."""
+
+    hidden_size: int = 192
+    mlp_size: int = 512
+    heads: int = 6
+    steps: int = 900
+
+    def build(self, tokenizer: Any) -> Any:
+        """Return a LLaMA with fresh weights."""
+        return LlamaForCausalLM(LlamaConfig(**self.common(tokenizer), intermediate_size=self.mlp_size))
+
+    def losses(self, model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the cross-entropy, which is all there is."""
+        loss: torch.Tensor = model(input_ids=input_ids, labels=input_ids).loss
+        return loss, float(loss.detach())
+
+
+def train_tokenizer(recipe: Pretraining) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE whose digits are single tokens, so that numbers are read digit by digit."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -84,31 +156,14 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """Return an OLMoE with fresh weights; the global random state is left as found."""
-    config = OlmoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.expert_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=recipe.max_positions,
-        num_experts=recipe.experts,
-        num_experts_per_tok=recipe.top_k,
-        norm_topk_prob=False,
-        router_aux_loss_coef=recipe.router_aux_loss_coef,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def new_model(recipe: Pretraining, tokenizer: Any) -> Any:
+    """Return the recipe's model with fresh weights; the global random state is left as found."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Seeds(recipe.seed).integer("initial weights"))
-        return OlmoeForCausalLM(config)
+        return recipe.build(tokenizer)
 
 
-def batches(recipe: Recipe, tokenizer: Any) -> Iterator[torch.Tensor]:
+def batches(recipe: Pretraining, tokenizer: Any) -> Iterator[torch.Tensor]:
     """Yield packed batches without end: documents one after another, each closed by end-of-text.
 
     Yields:
@@ -125,7 +180,7 @@ def batches(recipe: Recipe, tokenizer: Any) -> Iterator[torch.Tensor]:
             left = left[size:]
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(recipe: Pretraining, step: int) -> float:
     """Return the rate of a step from 0: linear warm-up, then half a cosine down to a twentieth."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
@@ -133,7 +188,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def pretrain(recipe: Recipe, model: Any, tokenizer: Any) -> float:
+def pretrain(recipe: Pretraining, model: Any, tokenizer: Any) -> float:
     """Train `model` in place with AdamW.
 
     Returns:
@@ -152,18 +207,16 @@ def pretrain(recipe: Recipe, model: Any, tokenizer: Any) -> float:
     for step, input_ids in enumerate(itertools.islice(batches(recipe, tokenizer), recipe.steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        output = model(input_ids=input_ids, labels=input_ids, output_router_logits=True)
-        output.loss.backward()
+        loss, entropy = recipe.losses(model, input_ids)
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        balance = float(output.aux_loss.detach())
-        losses.append(float(output.loss.detach()) - recipe.router_aux_loss_coef * balance)
+        losses.append(entropy)
         if step % 50 == 49:
             tokens_per_second = (step + 1) * input_ids.numel() / (time.perf_counter() - started)
             print(
-                f"step {step + 1}/{recipe.steps}  loss {np.mean(losses[-50:]):.4f}  "
-                f"balance {balance:.3f}  {tokens_per_second:.0f} tokens/s",
+                f"step {step + 1}/{recipe.steps}  loss {np.mean(losses[-50:]):.4f}  {tokens_per_second:.0f} tokens/s",
                 flush=True,
             )
     return float(np.mean(losses[-max(1, recipe.steps // 20) :]))
@@ -173,19 +226,13 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model and tokenizer; weights are stored as bfloat16 to keep the package small."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # written for their owner alone; the other files' mode is the user's
+        weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def main() -> None:
-    """Make the built-in model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=model_path(), help="folder to write")
-    for option in fields(Recipe):
-        flag = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(option.default), default=option.default)
-    arguments = vars(parser.parse_args())
-    output: Path = arguments.pop("output")
-    recipe = Recipe(**arguments)
-
+    """Make the built-in model, or its dense relative."""
+    output, recipe = _arguments()
     torch.set_num_threads(recipe.threads)
     started = time.perf_counter()
     tokenizer = train_tokenizer(recipe)
@@ -208,6 +255,26 @@ def main() -> None:
     }
     (output / "recipe.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
+
+
+def _arguments() -> tuple[Path, Pretraining]:
+    """Read the command line: which recipe, and then its own options."""
+    kind = argparse.ArgumentParser(add_help=False)
+    kind.add_argument("--dense", action="store_true", help="make the dense LLaMA instead")
+    dense = kind.parse_known_args()[0].dense
+    chosen: type[Recipe | DenseRecipe] = DenseRecipe if dense else Recipe
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=[kind]
+    )
+    shipped = None if dense else model_path()
+    parser.add_argument("--output", type=Path, default=shipped, required=dense, help="folder to write")
+    for option in fields(chosen):
+        flag = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(option.default), default=option.default)
+    arguments = vars(parser.parse_args())
+    del arguments["dense"]
+    output: Path = arguments.pop("output")
+    return output, chosen(**arguments)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,43 @@ def resume(
         training.show(output(as_json), training.resume(run, rounds))
 
 
+@app.command(epilog="Example: emberfed compare config.yaml --methods a3smoe,flame,flexlora --seeds 3 --output arena")
+def compare(
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="A configuration, or an arena; none: the built-in quickstart."),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,...", help="What to compare; of an arena: only these of its methods."),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="N|S,S,...", help="How many seeds, or which; none: 3, or as the arena says."),
+    ] = None,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="The comparison's folder; none: compare-NAME in runs/."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, each running whole runs; results are the same.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Run methods beside each other, over seeds, and compare them; the same command goes on where it was stopped."""
+    with output(as_json).errors():
+        from emberfed.arena import grid as grids
+        from emberfed.cli import compare as comparing
+
+        chosen = None if seeds is None else comparing.seeds(seeds)
+        names = None if methods is None else [name.strip() for name in methods.split(",")]
+        grid = grids.load(source, methods=names, seeds=chosen, overrides=overrides or ())
+        path = folder if folder is not None else grid.folder
+        found = comparing.run(grid, path, jobs)
+        output(as_json).result(comparing.document(found, path), *comparing.tables(found, path))
+        if found.failures:
+            raise typer.Exit(1)
+
+
 @app.command(epilog="Example: emberfed evaluate runs/quickstart --top-k 1,2,4,8")
 def evaluate(
     run: RunPath,
@@ -188,13 +225,15 @@ def report(
 
 @app.command(epilog="Example: emberfed methods a3smoe")
 def methods(
-    names: Annotated[list[str] | None, typer.Argument(help="Only these; none: all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="These, with all their options; none: a list of all.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the federated methods with their options and defaults."""
+    """List the federated methods; with names, their options and defaults."""
     with output(as_json).errors():
         from emberfed.cli import tables
-        from emberfed.cli.options import options
+        from emberfed.cli.options import options, summary_line
         from emberfed.method import load_method, method_names
 
         found = [(name, load_method(name)) for name in names or method_names()]
@@ -208,10 +247,14 @@ def methods(
             }
             for name, method in found
         ]
-        shown = [
-            tables.method(name, method.title, method.paper, options(method.Config), options(method.AdapterConfig))
-            for name, method in found
-        ]
+        shown = (
+            [
+                tables.method(name, method.title, method.paper, options(method.Config), options(method.AdapterConfig))
+                for name, method in found
+            ]
+            if names
+            else [tables.methods({name: (method.title, summary_line(method)) for name, method in found})]
+        )
         output(as_json).result({"methods": documents}, *shown)
 
 

@@ -25,12 +25,13 @@ class Option:
 
     def json(self) -> dict[str, Any]:
         """Return the option as plain values."""
-        return asdict(self)
+        default = self.default.model_dump(mode="json") if isinstance(self.default, Section) else self.default
+        return {**asdict(self), "default": default}
 
 
 def options(section: type[Section]) -> tuple[Option, ...]:
     """Return the options of a section in the order they are declared."""
-    helps = attribute_docs(section)
+    helps = {name: text for cls in reversed(section.__mro__) for name, text in attribute_docs(cls).items()}
     return tuple(
         Option(
             name,
@@ -48,7 +49,7 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
     Where several names share one description (`low, high: ...`), the first has it.
     """
-    _, found, listing = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    _, found, listing = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
     docs: dict[str, str] = {}
     current = ""
     for line in listing.split("\n") if found else ():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from math import prod
 from typing import Any, final
 
+import torch
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +21,7 @@ from emberfed.costs import Work, backward_flops, forward_flops, recomputed_flops
 from emberfed.data.tokenise import IGNORED, Batch, collate
 from emberfed.memory import Step, TrainingMemory, training_memory
 from emberfed.method import Method
-from emberfed.records import Bundle, TensorSpec
+from emberfed.records import Bundle, Rank, TensorSpec
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, check_possible, step_count
@@ -34,7 +34,7 @@ class TierPlan:
 
     Attributes:
         tier: Its name.
-        top_k: Active experts per token.
+        top_k: Active experts per token in training; a method may have its own for all tiers.
         clients: How many clients are on it.
         step: Its largest step of round 1.
         forward_flops, backward_flops: Of that step.
@@ -74,17 +74,18 @@ def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, 
     model, shape = material.model, material.model.shape
     clients = [client for client in material.clients if client.budget.tier == budget.tier]
     download = method.dispatch(state, clients[0], 1)
-    adapter = {name: tensor for name, tensor in download.content.tensors.items() if name.startswith("layers.")}
+    wanted, top_k = method.expects(state, download), download.content.meta["top_k"]
+    adapter = {name: _largest_tensor(spec) for name, spec in wanted.items() if name.startswith("layers.")}
     steps = [step for client in clients for step in _steps(config, material, client)]
     largest = _largest(steps, config.training.gradient_checkpointing)
-    works = [_work(batch, budget.top_k) for step in steps for batch in step]
-    one = Work.of_batch(largest.sequences, largest.length, budget.top_k, largest.sequences * largest.head_positions)
+    works = [_work(batch, top_k) for step in steps for batch in step]
+    one = Work.of_batch(largest.sequences, largest.length, top_k, largest.sequences * largest.head_positions)
     times = largest.micro_batches
-    with model.active_experts(budget.top_k):
+    with model.active_experts(top_k):
         memory = training_memory(model, adapter, largest)
     return TierPlan(
         tier=budget.tier,
-        top_k=budget.top_k,
+        top_k=top_k,
         clients=len(clients),
         step=largest,
         forward_flops=times * forward_flops(shape, one, adapter),
@@ -93,7 +94,7 @@ def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, 
         round_flops=training_flops(shape, sum(works[1:], works[0]), adapter) // len(clients),
         memory=memory,
         download_bytes=len(download.to_bytes()),
-        upload_bytes=sum(map(_most_bytes, method.expects(state, download).values())),
+        upload_bytes=sum(_largest_tensor(spec).nbytes for spec in wanted.values()),
     )
 
 
@@ -133,8 +134,10 @@ def _largest(steps: Sequence[Sequence[Batch]], checkpointing: bool) -> Step:
     )
 
 
-def _most_bytes(spec: TensorSpec) -> int:
-    return prod(size if isinstance(size, int) else size[1] for size in spec.shape) * spec.dtype.itemsize
+def _largest_tensor(spec: TensorSpec) -> torch.Tensor:
+    """Return a tensor of zeros as large as the spec allows."""
+    shape = [size.high if isinstance(size, Rank) else size for size in spec.shape]
+    return torch.zeros(shape, dtype=spec.dtype)
 
 
 def tables(plans: Sequence[TierPlan]) -> list[RenderableType]:

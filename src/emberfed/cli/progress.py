@@ -44,7 +44,8 @@ class Plan:
     def of(config: RunConfig, rounds: int | None = None) -> Plan:
         """Return the plan of a configuration, with another number of rounds if one is given."""
         clients = config.clients
-        return Plan(rounds or config.training.rounds, clients.asked, len(clients.tiers), config.evaluation.every)
+        tiers = sum(config.evaluation.includes(tier.name) for tier in clients.tiers)
+        return Plan(rounds or config.training.rounds, clients.asked, tiers, config.evaluation.every)
 
     def evaluated(self, round: int) -> bool:
         """Return whether the model is evaluated after `round`."""

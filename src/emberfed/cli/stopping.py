@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import final
+from typing import TypeVar, final
 
 from emberfed.errors import Interrupted, RoundFailed, StorageError
-from emberfed.events import Event, Listener
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+E = TypeVar("E")
 
 
 @final
@@ -28,10 +28,10 @@ class Stop:
         """Nobody has asked yet."""
         self._asked = False
 
-    def before(self, listen: Listener) -> Listener:
+    def before(self, listen: Callable[[E], None]) -> Callable[[E], None]:
         """Return a listener that stops the run if that was asked, and otherwise passes events on."""
 
-        def hear(event: Event) -> None:
+        def hear(event: E) -> None:
             if self._asked:
                 raise KeyboardInterrupt
             listen(event)

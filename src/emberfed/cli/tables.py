@@ -112,6 +112,17 @@ def categories(lines: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def methods(found: Mapping[str, tuple[str, str]]) -> Group:
+    """All methods: title and what each is, by name."""
+    table = plain_table("Methods")
+    table.add_column("method.name", no_wrap=True, style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("About")
+    for name, (title, about) in found.items():
+        table.add_row(name, title, about)
+    return Group(table, Text("emberfed methods NAME lists a method's options and its paper.", style="dim"))
+
+
 def method(name: str, title: str, paper: str, options: Sequence[Option], adapter: Sequence[Option]) -> Group:
     """One method with its options."""
     head = Text(f"{name}", style="bold") + Text(f"  {title}, {paper}")
@@ -139,7 +150,7 @@ def default_text(value: Any) -> str:
 
 def families(docs: Mapping[str, str]) -> Table:
     """Model types that have a record."""
-    table = plain_table("Families of sparse mixture-of-experts models")
+    table = plain_table("Families of models")
     table.add_column("model_type", no_wrap=True, style="bold")
     table.add_column("About")
     for model_type, doc in docs.items():

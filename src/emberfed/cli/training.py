@@ -38,7 +38,7 @@ def resume(path: Path, rounds: int | None) -> Summary:
 
 def evaluate(path: Path, top_k: Sequence[int] | None) -> list[dict[str, Any]]:
     """Evaluate the newest round of the run in `path`. Raises: EmberfedError."""
-    tiers = len(_config_of(path).clients.tiers) if top_k is None else len(top_k)
+    tiers = Plan.of(_config_of(path)).tiers if top_k is None else len(top_k)
     stop = Stop()
     with stop.on_signals(), display(Plan(rounds=0, clients=0, tiers=tiers, every=0)) as shown:
         return api.evaluate(path, top_k=top_k, listen=stop.before(shown))

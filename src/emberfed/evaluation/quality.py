@@ -28,6 +28,7 @@ class EvaluationConfig(Section):
         batch_size: Examples per batch.
         max_new_tokens: Length at which an answer is cut.
         stemmer: Whether ROUGE stems words (Porter) first.
+        tiers: Names of the tiers to evaluate at; null: all. For tiers that deploy the same model, one is enough.
     """
 
     every: int = Field(1, ge=0)
@@ -35,6 +36,11 @@ class EvaluationConfig(Section):
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(48, ge=1)
     stemmer: bool = False
+    tiers: list[str] | None = Field(None, min_length=1)
+
+    def includes(self, tier: str) -> bool:
+        """Return whether a tier is evaluated."""
+        return self.tiers is None or tier in self.tiers
 
 
 @final

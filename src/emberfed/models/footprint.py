@@ -130,12 +130,13 @@ def _kinds(lm: Any, family: Family) -> dict[nn.Module, Kind]:
     for layer in attrgetter(family.layers)(lm):
         kinds[attrgetter(family.attention)(layer)] = "attention"
         block = attrgetter(family.block)(layer)
-        router = getattr(block, family.router, None)
-        if router is None:
+        mixture = family.mixture
+        router = None if mixture is None else getattr(block, mixture.router, None)
+        if mixture is None or router is None:
             kinds[block] = "dense MLPs"
             continue
         # What else the block holds, a gate for instance, belongs to its shared experts.
         kinds[block] = "shared experts"
         kinds[router] = "routers"
-        kinds[attrgetter(family.experts)(block)] = "routed experts"
+        kinds[attrgetter(mixture.experts)(block)] = "routed experts"
     return kinds

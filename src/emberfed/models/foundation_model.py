@@ -1,4 +1,4 @@
-"""`FoundationModel`: a transformers causal language model with experts, and how many of them are active."""
+"""`FoundationModel`: a transformers causal language model, and how many of its experts are active, if it has any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models.counting import ActivationCounter, counting
 from emberfed.models.expert_weights import check_supported
-from emberfed.models.families import Family, family_of
+from emberfed.models.families import Family, Mixture, family_of
 from emberfed.models.gating import Gate, Rescale, mass_of, with_mass
 from emberfed.models.matmul import hasten
 from emberfed.models.padding import PaddingFilter
@@ -59,14 +59,14 @@ class ModelShape:
 
     Attributes:
         hidden: D.
-        expert_intermediate: F, the hidden size of one expert.
+        expert_intermediate: F, the hidden size of one expert; 0 in a dense model.
         shared_intermediate: Hidden size of the MLP that every token goes through besides its experts; 0 if none.
         dense_intermediate: Hidden size of the MLP of layers without experts; 0 if every layer has experts.
         num_layers: Decoder layers.
         sparse_layers: Indices of those with experts.
         dense_layers: Indices of those without.
-        num_experts: E per block.
-        native_top_k: K of the checkpoint.
+        num_experts: E per block; 1 in a dense model.
+        native_top_k: K of the checkpoint; 1 in a dense model.
         attention: (out, in) of each attention linear of layer 0.
         heads: Query heads.
         qk_head_dim: Size of one head's query and key.
@@ -107,39 +107,46 @@ class _Routing:
 
 @final
 class FoundationModel:
-    """A frozen causal language model with sparse mixtures of experts.
+    """A frozen causal language model with sparse mixtures of experts, or a dense one.
+
+    A dense model has no mixtures, and counts as one expert that is always active: E and K are 1.
 
     Attributes:
         lm: The transformers model, in eval mode, without gradients; call it, or `lm.generate`, as usual.
         family: The record that says where its parts are.
-        blocks: Its mixtures of experts, from the first layer to the last.
+        blocks: Its mixtures of experts, from the first layer to the last; empty if it is dense.
     """
 
     def __init__(self, lm: Any) -> None:
         """Take over a transformers model: freeze it and let it compute experts our way.
 
-        Raises: ModelError if it is dense, of no known family, or not built as its family's record says.
+        Raises: ModelError if it is of no known family, or not built as its family's record says.
         """
         self.family: Family = family_of(lm.config)
         self.lm = lm.eval().requires_grad_(False)
         self.blocks = _blocks(lm, self.family)
-        self.lm.set_experts_implementation(IMPLEMENTATION)
+        if self.blocks:
+            self.lm.set_experts_implementation(IMPLEMENTATION)
         hasten(lm)
         self._padding = PaddingFilter(lm.base_model, (block.experts for block in self.blocks))
-        first = self.blocks[0]
-        self._native = _Routing(first.native_top_k, first.native_gate, "none")
+        self._native = _native(self.blocks)
         self._routing = self._native
         self._gate_hooks: list[Any] = []
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it has no experts."""
+        return not self.blocks
+
+    @property
     def num_layers(self) -> int:
-        """Layers with experts, L."""
+        """Layers with experts, L; 0 if the model is dense."""
         return len(self.blocks)
 
     @property
     def num_experts(self) -> int:
-        """Experts per block, E."""
-        return self.blocks[0].num_experts
+        """Experts per block, E; 1 if the model is dense."""
+        return 1 if self.is_dense else self.blocks[0].num_experts
 
     @property
     def native_top_k(self) -> int:
@@ -147,9 +154,15 @@ class FoundationModel:
         return self._native.top_k
 
     @property
+    def native_gate(self) -> Gate:
+        """What the checkpoint does with the weights of the kept experts; a dense model's one weight is always 1."""
+        return self._native.gate
+
+    @property
     def largest_top_k(self) -> int:
         """The most experts that can be active per token: E, or fewer where the router chooses among groups first."""
-        return _largest_top_k(self.lm.config, self.family)
+        mixture = self.family.mixture
+        return 1 if mixture is None else _largest_top_k(self.lm.config, mixture)
 
     @property
     def top_k(self) -> int:
@@ -159,7 +172,7 @@ class FoundationModel:
     @property
     def has_auxiliary_loss(self) -> bool:
         """Whether `lm(..., output_router_logits=True).aux_loss` is a load-balancing loss."""
-        return self.family.auxiliary_loss
+        return self.family.mixture is not None and self.family.mixture.auxiliary_loss
 
     @property
     def device(self) -> torch.device:
@@ -170,18 +183,18 @@ class FoundationModel:
     @cached_property
     def shape(self) -> ModelShape:
         """The model's sizes."""
-        config = self.lm.config
+        config, mixture = self.lm.config, self.family.mixture
         attention = {
             name: _size(getattr(module, name)) for (_, name), (module, _) in self._attention_linears(0).items()
         }
         queries = attention.get("q_b_proj") or attention["q_proj"]
         sparse = tuple(block.layer for block in self.blocks)
         dense = tuple(layer for layer in range(len(self._layers)) if layer not in sparse)
-        shared = self.blocks[0].shared_experts
-        dense_mlp = attrgetter(self.family.block)(self._layers[dense[0]]) if dense else None
+        shared = None if self.is_dense else self.blocks[0].shared_experts
+        dense_mlp = self._mlp(dense[0]) if dense else None
         return ModelShape(
             hidden=config.hidden_size,
-            expert_intermediate=getattr(config, self.family.expert_intermediate),
+            expert_intermediate=0 if mixture is None else getattr(config, mixture.intermediate),
             shared_intermediate=0 if shared is None else _size(shared.gate_proj)[0],
             dense_intermediate=0 if dense_mlp is None else _size(dense_mlp.gate_proj)[0],
             num_layers=len(self._layers),
@@ -215,6 +228,13 @@ class FoundationModel:
             for name in _MLP_LINEARS
         }
 
+    def mlp_linears(self) -> Mapping[tuple[int, str], tuple[nn.Module, str]]:
+        """Return the linears of the MLPs of layers without experts as `attention_linears` does; those of a dense model.
+
+        Empty if every layer has experts.
+        """
+        return {(layer, name): (self._mlp(layer), name) for layer in self.shape.dense_layers for name in _MLP_LINEARS}
+
     @contextmanager
     def active_experts(
         self, top_k: int, gate: Literal["native", "renormalised"] = "native", rescale: Rescale = "none"
@@ -225,13 +245,20 @@ class FoundationModel:
             top_k: K, from 1 to `largest_top_k`.
             gate: `native` is the checkpoint's own convention (at the native K the logits keep every bit);
                 `renormalised` divides the router's weights of the K kept experts by their sum, in float32. They then
-                sum to 1, or to the factor by which the family's router scales its weights (`family.scaling`).
+                sum to 1, or to the factor by which the family's router scales its weights (`Mixture.scaling`).
+                A dense model computes the same with both.
             rescale: On a gate that does not renormalise: `static` multiplies the weights by native K / K, `mass` by
                 the sum of the weights of the native K best experts over that of the K best, per token.
 
-        Raises: ConfigError if `top_k` is out of range, or `rescale` is asked of a gate that renormalises.
+        Raises: ConfigError if `top_k` is out of range, or `rescale` is asked of a gate that renormalises or a dense
+        model.
         """
         self._check_top_k(top_k)
+        if self.is_dense and rescale != "none":
+            raise ConfigError(
+                f"rescale {rescale!r} is impossible: {self.family.model_type} models are dense and have no weights of "
+                f"experts; use rescale 'none'"
+            )
         resolved = self._native.gate if gate == "native" else "renormalised"
         if resolved == "renormalised" and rescale != "none":
             raise ConfigError(
@@ -276,7 +303,13 @@ class FoundationModel:
     def _check_top_k(self, top_k: int) -> None:
         if 1 <= top_k <= self.largest_top_k:
             return
-        limit = self.family.groups(self.lm.config)
+        mixture = self.family.mixture
+        if mixture is None:
+            raise ConfigError(
+                f"top_k {top_k} is impossible: {self.family.model_type} models are dense, which counts as one expert "
+                f"that is always active; choose 1"
+            )
+        limit = mixture.groups(self.lm.config)
         why = (
             f"the model has {self.num_experts} experts per layer"
             if limit is None or top_k > self.num_experts or top_k < 1
@@ -286,47 +319,53 @@ class FoundationModel:
         raise ConfigError(f"top_k {top_k} is impossible: {why}; choose 1 to {self.largest_top_k}")
 
     def _apply(self, routing: _Routing) -> None:
+        if self.family.mixture is not None:
+            self._route(self.family.mixture, routing)
+        self._routing = routing
+
+    def _route(self, mixture: Mixture, routing: _Routing) -> None:
         for block in self.blocks:
             for holder in (block.router, block.module):
-                if hasattr(holder, self.family.router_top_k):
-                    setattr(holder, self.family.router_top_k, routing.top_k)
+                if hasattr(holder, mixture.router_top_k):
+                    setattr(holder, mixture.router_top_k, routing.top_k)
         # The auxiliary loss reads K from the causal model; other parts of transformers read it from the config.
-        if hasattr(self.lm, self.family.top_k):
-            setattr(self.lm, self.family.top_k, routing.top_k)
-        setattr(self.lm.config, self.family.top_k, routing.top_k)
+        if hasattr(self.lm, mixture.top_k):
+            setattr(self.lm, mixture.top_k, routing.top_k)
+        setattr(self.lm.config, mixture.top_k, routing.top_k)
         while self._gate_hooks:
             self._gate_hooks.pop().remove()
         other_k = routing.top_k != self.native_top_k
-        routed_here = self.family.fixed is not None and other_k
+        routed_here = mixture.fixed is not None and other_k
         if routed_here or routing.gate != self._native.gate or (routing.rescale != "none" and other_k):
+            gate = partial(self._gate, mixture)
             # Before all other hooks, so that whoever counts experts sees those that are used.
-            self._gate_hooks = [block.router.register_forward_hook(self._gate, prepend=True) for block in self.blocks]
-        self._routing = routing
+            self._gate_hooks = [block.router.register_forward_hook(gate, prepend=True) for block in self.blocks]
 
-    def _gate(self, router: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _gate(
+        self, mixture: Mixture, router: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
         logits_TE, weights_TK, index_TK = output[:3]
-        fixed = self.family.fixed
-        if fixed is not None and self.top_k != fixed.top_k:
-            weights_TK, index_TK = fixed.route(logits_TE, self.top_k, router)
-        return logits_TE, self._repaired(weights_TK, router, inputs).to(weights_TK.dtype), index_TK
+        if mixture.fixed is not None and self.top_k != mixture.fixed.top_k:
+            weights_TK, index_TK = mixture.fixed.route(logits_TE, self.top_k, router)
+        return logits_TE, self._repaired(weights_TK, mixture, router, inputs).to(weights_TK.dtype), index_TK
 
-    def _repaired(self, weights_TK: torch.Tensor, router: nn.Module, inputs: Any) -> torch.Tensor:
+    def _repaired(self, weights_TK: torch.Tensor, mixture: Mixture, router: nn.Module, inputs: Any) -> torch.Tensor:
         if self._routing.gate != self._native.gate:
-            scaling = self.family.scaling
+            scaling = mixture.scaling
             return with_mass(weights_TK, 1.0 if scaling is None else getattr(self.lm.config, scaling))
         if self._routing.rescale == "static":
             return weights_TK.float() * (self.native_top_k / self.top_k)
         if self._routing.rescale == "mass":
-            return with_mass(weights_TK, mass_of(self._native_weights(router, inputs)))
+            return with_mass(weights_TK, mass_of(self._native_weights(mixture, router, inputs)))
         return weights_TK
 
-    def _native_weights(self, router: nn.Module, inputs: Any) -> torch.Tensor:
+    def _native_weights(self, mixture: Mixture, router: nn.Module, inputs: Any) -> torch.Tensor:
         """Ask the router again, past all hooks, what it would give at the native K: (T, native K)."""
-        setattr(router, self.family.router_top_k, self.native_top_k)
+        setattr(router, mixture.router_top_k, self.native_top_k)
         try:
             weights: torch.Tensor = router.forward(*inputs)[1]
         finally:
-            setattr(router, self.family.router_top_k, self.top_k)
+            setattr(router, mixture.router_top_k, self.top_k)
         return weights
 
     @property
@@ -349,6 +388,23 @@ class FoundationModel:
             )
         return found
 
+    def _mlp(self, layer: int) -> nn.Module:
+        """Return the MLP of a layer without experts."""
+        mlp: nn.Module = attrgetter(self.family.block)(self._layers[layer])
+        missing = [name for name in _MLP_LINEARS if _part(mlp, name) is None]
+        if missing:
+            raise _misfit(
+                self.family, f"{self.family.layers}.{layer}.{self.family.block} has no linear layer {missing[0]}"
+            )
+        return mlp
+
+
+def _native(blocks: tuple[SparseBlock, ...]) -> _Routing:
+    """Return how the checkpoint routes; a dense model as if to one expert, whose weight is 1."""
+    if not blocks:
+        return _Routing(1, "renormalised", "none")
+    return _Routing(blocks[0].native_top_k, blocks[0].native_gate, "none")
+
 
 def _blocks(lm: Any, family: Family) -> tuple[SparseBlock, ...]:
     layers = _part(lm, family.layers)
@@ -356,65 +412,69 @@ def _blocks(lm: Any, family: Family) -> tuple[SparseBlock, ...]:
         raise _misfit(family, f"the model has no {family.layers}")
     found = [_block(lm.config, family, number, layer) for number, layer in enumerate(layers)]
     blocks = tuple(block for block in found if block is not None)
-    if not blocks:
+    mixture = family.mixture
+    if mixture is not None and not blocks:
         raise ModelError(
-            f"no layer of this {lm.config.model_type} model has experts (looked in {family.layers} for "
-            f"{family.block}.{family.experts} and {family.block}.{family.router}); choose a sparse model"
+            f"no layer of this {family.model_type} model has experts (looked in {family.layers} for "
+            f"{family.block}.{mixture.experts} and {family.block}.{mixture.router}); choose one with experts, or of a "
+            f"dense family"
         )
     return blocks
 
 
 def _block(config: Any, family: Family, number: int, layer: nn.Module) -> SparseBlock | None:
     """Return the layer's mixture of experts, None for a dense layer."""
-    where = f"{family.layers}.{number}.{family.block}"
+    where, mixture = f"{family.layers}.{number}.{family.block}", family.mixture
     module = _part(layer, family.block)
     if module is None:
         raise _misfit(family, f"the model has no {where}")
-    router, experts = _part(module, family.router), _part(module, family.experts)
+    if mixture is None:
+        return None
+    router, experts = _part(module, mixture.router), _part(module, mixture.experts)
     if router is None and experts is None:
         return None
-    if router is None or not hasattr(router, family.router_top_k):
+    if router is None or not hasattr(router, mixture.router_top_k):
         raise _misfit(
-            family, f"{where} has experts, but no router with {family.router_top_k!r} at {where}.{family.router}"
+            family, f"{where} has experts, but no router with {mixture.router_top_k!r} at {where}.{mixture.router}"
         )
     if experts is None:
-        raise _misfit(family, f"{where} has a router, but no experts at {where}.{family.experts}")
-    check_supported(experts, f"{where}.{family.experts}")
+        raise _misfit(family, f"{where} has a router, but no experts at {where}.{mixture.experts}")
+    check_supported(experts, f"{where}.{mixture.experts}")
     return SparseBlock(
         layer=number,
         module=module,
         router=router,
         experts=experts,
-        shared_experts=None if family.shared_experts is None else _part(module, family.shared_experts),
-        num_experts=getattr(config, family.num_experts),
-        native_top_k=_native_top_k(config, family),
-        native_gate="renormalised" if _renormalises(config, family) else "plain",
+        shared_experts=None if mixture.shared_experts is None else _part(module, mixture.shared_experts),
+        num_experts=getattr(config, mixture.num_experts),
+        native_top_k=_native_top_k(config, family.model_type, mixture),
+        native_gate="renormalised" if _renormalises(config, mixture) else "plain",
     )
 
 
-def _native_top_k(config: Any, family: Family) -> int:
-    native: int | None = getattr(config, family.top_k)
-    if family.fixed is not None and native != family.fixed.top_k:
+def _native_top_k(config: Any, model_type: str, mixture: Mixture) -> int:
+    native: int | None = getattr(config, mixture.top_k)
+    if mixture.fixed is not None and native != mixture.fixed.top_k:
         raise ModelError(
-            f"{family.top_k} is {native} in this {family.model_type} model's config, but routers of this family pick "
-            f"{family.fixed.top_k} experts whatever it says; set it to {family.fixed.top_k}, and choose another number "
-            f"with top_k"
+            f"{mixture.top_k} is {native} in this {model_type} model's config, but routers of this family pick "
+            f"{mixture.fixed.top_k} experts whatever it says; set it to {mixture.fixed.top_k}, and choose another "
+            f"number with top_k"
         )
-    if native is None or not 1 <= native <= _largest_top_k(config, family):
+    if native is None or not 1 <= native <= _largest_top_k(config, mixture):
         raise ModelError(
-            f"{family.top_k} is {native} in this {family.model_type} model's config, but its routers can pick 1 to "
-            f"{_largest_top_k(config, family)} experts; the config is damaged"
+            f"{mixture.top_k} is {native} in this {model_type} model's config, but its routers can pick 1 to "
+            f"{_largest_top_k(config, mixture)} experts; the config is damaged"
         )
     return native
 
 
-def _largest_top_k(config: Any, family: Family) -> int:
-    limit = family.groups(config)
-    return int(getattr(config, family.num_experts)) if limit is None else limit.largest_top_k
+def _largest_top_k(config: Any, mixture: Mixture) -> int:
+    limit = mixture.groups(config)
+    return int(getattr(config, mixture.num_experts)) if limit is None else limit.largest_top_k
 
 
-def _renormalises(config: Any, family: Family) -> bool:
-    answer = family.renormalises
+def _renormalises(config: Any, mixture: Mixture) -> bool:
+    answer = mixture.renormalises
     return answer if isinstance(answer, bool) else bool(getattr(config, answer))
 
 

@@ -26,7 +26,7 @@ from transformers import (
 from emberfed import builtin
 from emberfed.errors import ModelError
 from emberfed.models.config import ModelConfig
-from emberfed.models.families import family_of
+from emberfed.models.families import Family, family_of
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.quantised import Bits
 from emberfed.models.quantised_loading import ExpertQuantisation
@@ -39,8 +39,8 @@ def load(config: ModelConfig) -> tuple[FoundationModel, PreTrainedTokenizerBase]
     twice the largest fused weight of one layer in `dtype`, and the checkpoint's files mapped, pages of which the system
     drops when memory runs short.
 
-    Raises: ModelError if either cannot be found or read, if weights are missing or not finite, if the model has no
-        experts, or has experts that cannot be quantised.
+    Raises: ModelError if either cannot be found or read, if weights are missing or not finite, if the model is of no
+        known family, or has no experts that can be quantised.
     """
     path = model_path(config)
     device = _device(config.device)
@@ -53,10 +53,10 @@ def load(config: ModelConfig) -> tuple[FoundationModel, PreTrainedTokenizerBase]
             "trust_remote_code": False,
         }
         found = AutoConfig.from_pretrained(path, **where)  # before gigabytes of weights are read
-        family_of(found)
+        family = family_of(found)
         _check_stored_formats(Path(path), found)
         if config.expert_bits is not None:
-            where["quantization_config"] = _quantisation(found, config.expert_bits)
+            where["quantization_config"] = _quantisation(found, family, config.expert_bits)
         lm, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=config.dtype, output_loading_info=True, ignore_mismatched_sizes=True, **where
         )
@@ -164,7 +164,12 @@ def model_path(config: ModelConfig) -> str:
     return str(builtin.model_path())
 
 
-def _quantisation(found: Any, bits: Bits) -> ExpertQuantisation:
+def _quantisation(found: Any, family: Family, bits: Bits) -> ExpertQuantisation:
+    if family.mixture is None:
+        raise ModelError(
+            f"model.expert_bits is {bits}, but {family.model_type} models are dense and have no experts; set "
+            f"model.expert_bits=null"
+        )
     if getattr(found, "quantization_config", None) is not None:
         raise ModelError("its checkpoint is quantised already, and cannot be once more; set model.expert_bits=null")
     return ExpertQuantisation(bits)

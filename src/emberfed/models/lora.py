@@ -1,4 +1,4 @@
-"""The adapter as trainable parameters of a model: LoRA on attention, on every expert, and trained routers.
+"""The adapter as trainable parameters of a model: LoRA on attention, experts and MLPs, and trained routers.
 
 What its tensors are called, and their shapes: `lora_layout`. The adapted weight is W + alpha / R * B A.
 """
@@ -26,6 +26,8 @@ from emberfed.models.lora_layout import check, is_expert, layer_of, router_weigh
 from emberfed.models.routed_lora import MATRICES, ExpertLora
 from emberfed.sections import Section
 
+_NOTHING = "attention, experts, shared_experts and dense_mlp are all false, so there is nothing to adapt"
+
 __all__ = ["Adapter", "LoraConfig", "attached", "check", "initial", "is_expert", "layer_of"]
 
 
@@ -36,8 +38,10 @@ class LoraConfig(Section):
         rank: R of every LoRA, up to 65536.
         alpha: The scale is alpha / rank; 1e-6 to 1e6.
         attention: Adapt the linear layers of every attention (q, k, v and o in most families).
-        experts: Adapt the three matrices of every routed expert.
+        experts: Adapt the three matrices of every routed expert; null does where the model has any.
         shared_experts: Adapt the three matrices of the shared experts, which every token passes.
+        dense_mlp: Adapt the three matrices of the MLP in every layer without experts; null does in a dense model, which
+            has no other layers.
         router: Train the routers' weights too, in full. They are frozen by default.
         start_from: Folder of a PEFT adapter of the same rank and alpha to begin with; null is a fresh one. It must
             cover what the keys above say, each at least in part.
@@ -46,18 +50,42 @@ class LoraConfig(Section):
     rank: int = Field(default=8, ge=1, le=65536)
     alpha: float = Field(default=16.0, ge=1e-6, le=1e6)
     attention: bool = True
-    experts: bool = True
+    experts: bool | None = None
     shared_experts: bool = False
+    dense_mlp: bool | None = None
     router: bool = False
     start_from: str | None = None
 
     @model_validator(mode="after")
     def _covers_something(self) -> Self:
-        if not (self.attention or self.experts or self.shared_experts):
-            raise ValueError(
-                "attention, experts and shared_experts are all false, so there is nothing to adapt; set one to true"
-            )
+        if not (self.attention or self.shared_experts) and self.experts is False and self.dense_mlp is False:
+            raise ValueError(f"{_NOTHING}; set one to true")
         return self
+
+    def resolved(self, model: FoundationModel) -> LoraConfig:
+        """Return the config with what null means for this model.
+
+        Raises: ConfigError if the model lacks what the config adapts or trains, or there is nothing to adapt.
+        """
+        routed, dense = not model.is_dense, bool(model.shape.dense_layers)
+        for key, there, what in (
+            ("experts", routed, "routed experts"),
+            ("shared_experts", bool(model.shared_linears()), "shared experts"),
+            ("dense_mlp", dense, "layers without experts"),
+            ("router", routed, "routers"),
+        ):
+            if getattr(self, key) and not there:
+                raise ConfigError(
+                    f"adapter.{key} is true, but this {model.family.model_type} model has no {what}; "
+                    f"set adapter.{key}=false"
+                )
+        experts = routed if self.experts is None else self.experts
+        dense_mlp = model.is_dense if self.dense_mlp is None else self.dense_mlp
+        if not (self.attention or self.shared_experts or experts or dense_mlp):
+            raise ConfigError(
+                f"{_NOTHING} in this {model.family.model_type} model; set adapter.attention=true or another of them"
+            )
+        return self.model_copy(update={"experts": experts, "dense_mlp": dense_mlp})
 
 
 def initial(model: FoundationModel, config: LoraConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -70,7 +98,7 @@ def initial(model: FoundationModel, config: LoraConfig, generator: torch.Generat
     or the adapter of `start_from` is of another rank, alpha or coverage; ModelError if it cannot be read or is of
     another model.
     """
-    sizes = _covered(model, config)
+    sizes = covered(model, config)
     if config.start_from is not None:
         return _started(model, config, config.start_from)
     _check_memory(sizes, config.rank)
@@ -87,18 +115,17 @@ def initial(model: FoundationModel, config: LoraConfig, generator: torch.Generat
     return dict(sorted(tensors.items()))
 
 
-def _covered(model: FoundationModel, config: LoraConfig) -> lora_layout.Sizes:
-    """Return the weights that take LoRA. Raises: ConfigError if shared experts are asked of a family without."""
-    shared = lora_layout.shared_linears(model)
-    if config.shared_experts and not shared:
-        raise ConfigError(
-            f"adapter.shared_experts is true, but {model.family.model_type} models have no shared experts; "
-            f"set adapter.shared_experts=false"
-        )
+def covered(model: FoundationModel, config: LoraConfig) -> lora_layout.Sizes:
+    """Return the shapes of the weights that take LoRA, by canonical path.
+
+    Raises: ConfigError as `LoraConfig.resolved`.
+    """
+    config = config.resolved(model)
     return {
         **(lora_layout.linear_sizes(lora_layout.attention_linears(model)) if config.attention else {}),
         **(lora_layout.expert_sizes(model) if config.experts else {}),
-        **(lora_layout.linear_sizes(shared) if config.shared_experts else {}),
+        **(lora_layout.linear_sizes(lora_layout.shared_linears(model)) if config.shared_experts else {}),
+        **(lora_layout.linear_sizes(lora_layout.mlp_linears(model)) if config.dense_mlp else {}),
     }
 
 
@@ -117,16 +144,20 @@ def _started(model: FoundationModel, config: LoraConfig, folder: str) -> dict[st
     """Return the adapter in a folder. Raises: ConfigError if it is not what the config says; ModelError."""
     tensors, alpha = peft_layout.from_peft(Path(folder), model)
     where = f"adapter.start_from {folder}"
-    for kind, wanted in (
-        ("self_attn", config.attention),
-        ("experts", config.experts),
-        ("shared_experts", config.shared_experts),
-        ("router", config.router),
+    kinds = {name.split(".")[2] for name in tensors}
+    resolved = config.resolved(model)
+    for kind, key in (
+        ("self_attn", "attention"),
+        ("experts", "experts"),
+        ("shared_experts", "shared_experts"),
+        ("mlp", "dense_mlp"),
+        ("router", "router"),
     ):
-        if any(name.split(".")[2] == kind for name in tensors) != wanted:
-            key = {"self_attn": "attention"}.get(kind, kind)
+        wanted = bool(getattr(resolved, key))
+        if (kind in kinds) != wanted:
+            meant = str(wanted).lower() if getattr(config, key) is not None else f"null, which is {wanted} here".lower()
             raise ConfigError(
-                f"{where} adapts {'no' if wanted else 'the'} {key}, but adapter.{key} is {str(wanted).lower()}; "
+                f"{where} adapts {'no' if wanted else 'the'} {key}, but adapter.{key} is {meant}; "
                 f"set adapter.{key}={str(not wanted).lower()}, or give another adapter"
             )
     for name, tensor in tensors.items():
@@ -182,8 +213,7 @@ def attached(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alpha:
     check(model, tensors)
     parameters = {name: nn.Parameter(_float32_copy(tensor, model.device)) for name, tensor in tensors.items()}
     with ExitStack() as stack:
-        linears = {**lora_layout.attention_linears(model), **lora_layout.shared_linears(model)}
-        for path, (module, attribute) in linears.items():
+        for path, (module, attribute) in lora_layout.linears(model).items():
             if f"{path}.lora_A" in parameters:
                 stack.enter_context(_adapted_linear(module, attribute, *_pair(parameters, path), alpha))
         for block in model.blocks:
@@ -192,6 +222,8 @@ def attached(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alpha:
                 stack.enter_context(_adapted_experts(block, factors, alpha))
             if f"layers.{block.layer}.router.weight" in parameters:
                 stack.enter_context(_trained_router(block.router, parameters[f"layers.{block.layer}.router.weight"]))
+            if f"layers.{block.layer}.router.rescaler" in parameters:
+                stack.enter_context(_rescaled(block.router, parameters[f"layers.{block.layer}.router.rescaler"]))
         yield Adapter(parameters, {block.layer: row for row, block in enumerate(model.blocks)})
 
 
@@ -251,6 +283,21 @@ def _trained_router(router: nn.Module, weight: nn.Parameter) -> Iterator[None]:
     finally:
         hook.remove()
         slots["weight"] = base
+
+
+@contextmanager
+def _rescaled(router: nn.Module, rescaler: nn.Parameter) -> Iterator[None]:
+    """Multiply the router's weights, and with them the experts' combined output, which is linear in them."""
+
+    def scale(_: nn.Module, __: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits_TE, weights_TK, *rest = output
+        return logits_TE, (weights_TK * rescaler).to(weights_TK.dtype), *rest
+
+    hook = router.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _float32_copy(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

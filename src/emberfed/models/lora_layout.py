@@ -5,7 +5,9 @@ Names do not depend on transformers or PEFT:
     layers.{l}.self_attn.{linear}.lora_A                 (R, in)       .lora_B   (out, R)
     layers.{l}.experts.{gate,up,down}_proj.lora_A        (E, R, in)    .lora_B   (E, out, R)
     layers.{l}.shared_experts.{gate,up,down}_proj.lora_A (R, in)       .lora_B   (out, R)
+    layers.{l}.mlp.{gate,up,down}_proj.lora_A            (R, in)       .lora_B   (out, R)    layers without experts
     layers.{l}.router.weight                             (E, D)        trained in full
+    layers.{l}.router.rescaler                           (1,)          factor of the routed experts' combined output
 
 An adapter holds any of them, lora_A and lora_B always together. The adapted weight is W + alpha / R * B A; R is read
 from the shapes and may differ from tensor to tensor, also between gate_proj and up_proj. Shapes are these for every
@@ -57,8 +59,18 @@ def shared_linears(model: FoundationModel) -> Mapping[str, Slot]:
     return {f"layers.{layer}.shared_experts.{name}": slot for (layer, name), slot in model.shared_linears().items()}
 
 
+def mlp_linears(model: FoundationModel) -> Mapping[str, Slot]:
+    """Return where the linear layers of MLPs in layers without experts are, by canonical path."""
+    return {f"layers.{layer}.mlp.{name}": slot for (layer, name), slot in model.mlp_linears().items()}
+
+
+def linears(model: FoundationModel) -> Mapping[str, Slot]:
+    """Return where all linear layers are that take LoRA, by canonical path."""
+    return {**attention_linears(model), **shared_linears(model), **mlp_linears(model)}
+
+
 def linear_sizes(linears: Mapping[str, Slot]) -> Sizes:
-    """Return the weights' shapes of `attention_linears` or `shared_linears`."""
+    """Return the weights' shapes of linear layers."""
     modules = {path: getattr(module, attribute) for path, (module, attribute) in linears.items()}
     return {path: (linear.out_features, linear.in_features) for path, linear in modules.items()}
 
@@ -81,6 +93,11 @@ def router_sizes(model: FoundationModel) -> Sizes:
     return {f"layers.{block.layer}.router.weight": tuple(router_weight(block.router).shape) for block in model.blocks}
 
 
+def rescaler_sizes(model: FoundationModel) -> Sizes:
+    """Return the rescalers, one number for each layer with experts."""
+    return {f"layers.{block.layer}.router.rescaler": (1,) for block in model.blocks}
+
+
 def router_weight(router: nn.Module) -> nn.Parameter:
     """Return a router's weight, (E, D)."""
     weight = router.weight
@@ -93,8 +110,11 @@ def check(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Raises: ModelError naming the first tensor that is wrong, what it is and what was expected.
     """
-    linears = {**attention_linears(model), **shared_linears(model)}
-    expected = {**_pairs({**linear_sizes(linears), **expert_sizes(model)}), **router_sizes(model)}
+    expected = {
+        **_pairs({**linear_sizes(linears(model)), **expert_sizes(model)}),
+        **router_sizes(model),
+        **rescaler_sizes(model),
+    }
     for name in tensors:
         if name not in expected:
             raise ModelError(f"adapter tensor {name!r} has no place in this model{closest(name, expected)}")
@@ -139,7 +159,7 @@ def _check_shape(
 
 def _rank(name: str, tensors: Mapping[str, torch.Tensor]) -> int:
     """Rank of the pair a tensor is of: the rows of its lora_A."""
-    if name.endswith(".weight"):
+    if not name.endswith((".lora_A", ".lora_B")):
         return 0
     a = tensors[f"{name.rpartition('.')[0]}.lora_A"]
     return a.shape[-2] if a.dim() >= 2 else 0

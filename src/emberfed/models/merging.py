@@ -1,6 +1,6 @@
 """An adapter written into the base's own weights, and the result as an ordinary Hugging Face checkpoint.
 
-W becomes W + alpha / R * B A for attention, routed and shared experts; a trained router takes the place of the base's.
+W becomes W + alpha / R * B A for attention, experts and MLPs; a trained router takes the place of the base's.
 Sums are float32, one matrix of one expert at a time, and are rounded once to the type the base is loaded in. A bfloat16
 weight has 8 significant bits, so an update below 1/512 of it can vanish: merge into a float32 base to lose nothing.
 """
@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from emberfed.errors import ModelError, StorageError
 from emberfed.models.expert_weights import ExpertWeights
 from emberfed.models.foundation_model import FoundationModel, SparseBlock
-from emberfed.models.lora_layout import attention_linears, check, router_weight, shared_linears
+from emberfed.models.lora_layout import check, linears, router_weight
 from emberfed.models.quantised import QuantisedWeight
 
 
@@ -38,8 +38,9 @@ def merge_into(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alph
     """
     check(model, tensors)
     check_mergeable(model)
+    check_whole_weights(tensors)
     on_device = {name: tensor.to(model.device, torch.float32) for name, tensor in tensors.items()}
-    for path, (module, attribute) in {**attention_linears(model), **shared_linears(model)}.items():
+    for path, (module, attribute) in linears(model).items():
         if f"{path}.lora_A" in on_device:
             a, b = on_device[f"{path}.lora_A"], on_device[f"{path}.lora_B"]
             _add(getattr(module, attribute).weight.detach(), b @ a, alpha / a.shape[0])
@@ -50,10 +51,54 @@ def merge_into(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alph
             router_weight(block.router).detach().copy_(router)
 
 
+@contextmanager
+def merged(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alpha: float) -> Iterator[None]:
+    """Run the model with an adapter added to its weights inside the context; on exit they have their bits again.
+
+    Needs a copy of every weight the adapter touches, besides the model.
+
+    Raises: as `merge_into`.
+    """
+    check(model, tensors)
+    saved = [(weight, weight.detach().clone()) for weight in _touched(model, tensors)]
+    try:
+        merge_into(model, tensors, alpha)
+        yield
+    finally:
+        for weight, before in saved:
+            weight.detach().copy_(before)
+
+
+def _touched(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the weights that `merge_into` would write to."""
+    check_mergeable(model)
+    for path, (module, attribute) in linears(model).items():
+        if f"{path}.lora_A" in tensors:
+            yield getattr(module, attribute).weight
+    for block in model.blocks:
+        experts: Any = block.experts
+        path = f"layers.{block.layer}.experts"
+        if any(f"{path}.{matrix}.lora_A" in tensors for matrix in ("gate_proj", "up_proj")):
+            yield experts.gate_up_proj
+        if f"{path}.down_proj.lora_A" in tensors:
+            yield experts.down_proj
+        if f"layers.{block.layer}.router.weight" in tensors:
+            yield router_weight(block.router)
+
+
 def check_mergeable(model: FoundationModel) -> None:
     """Check that weights can be added to. Raises: ModelError if they are quantised."""
     if any(isinstance(module, QuantisedWeight) for module in model.lm.modules()):
         raise ModelError("a quantised base cannot be merged with; load the base unquantised (model.expert_bits=null)")
+
+
+def check_whole_weights(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that nothing in an adapter is lost without a place in the base's weights. Raises: ModelError."""
+    rescalers = sorted(name for name in tensors if name.endswith(".rescaler"))
+    if rescalers:
+        raise ModelError(
+            f"{rescalers[0]!r} multiplies what experts give, which no weight of the base does; leave the rescalers out"
+        )
 
 
 def write_checkpoint(model: FoundationModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -11,7 +11,8 @@ An adapter becomes `adapter_config.json` and `adapter_model.safetensors`, which 
   themselves are stored transposed or not.
 * Two parameters of one module are two nested wrappers: `down_proj` is the outer one, `gate_up_proj` the inner one, with
   `base_layer` in its keys. One alone has no `base_layer`, and only `target_parameters` says which it is.
-* Shared experts go through `target_parameters` too: PEFT takes modules called gate_proj, up_proj and down_proj for the
+* MLPs are ordinary LoRA on modules in a dense model. Beside routed experts, those of shared experts and of layers
+  without experts go through `target_parameters` too: PEFT takes modules called gate_proj, up_proj and down_proj for the
   routed experts of older transformers.
 * A trained router is a copy of the module in `modules_to_save`, with all it has; only its weight may differ.
 * A target is named by layer where not all layers that could have it do.
@@ -44,7 +45,7 @@ from safetensors import SafetensorError, safe_open
 from emberfed.errors import ModelError, closest
 from emberfed.models.foundation_model import FoundationModel, SparseBlock
 from emberfed.models.fused_lora import StackedLora, alternating, flatten, fuse, one_after_the_other, unflatten, unfuse
-from emberfed.models.lora_layout import attention_linears, check, shared_linears
+from emberfed.models.lora_layout import Slot, attention_linears, check, mlp_linears, shared_linears
 from emberfed.models.peft_settings import PeftSettings, Size
 from emberfed.models.routed_lora import MATRICES
 from emberfed.records import Json
@@ -85,19 +86,27 @@ class _Target(NamedTuple):
 
 
 class _Paths(NamedTuple):
-    """Where the model has what our names speak of: dotted paths in transformers, by canonical path."""
+    """Where the model has what our names speak of: dotted paths in transformers, by canonical path.
 
-    attention: Mapping[str, str]
-    shared: Mapping[str, str]
+    Linear layers are PEFT's `modules`, or `parameters` where it has to be told of their weights.
+    """
+
+    modules: Mapping[str, str]
+    parameters: Mapping[str, str]
     experts: Mapping[str, str]
     routers: Mapping[str, str]
 
     @staticmethod
     def of(model: FoundationModel) -> _Paths:
         names = {module: name for name, module in model.lm.named_modules()}
+
+        def named(linears: Mapping[str, Slot]) -> dict[str, str]:
+            return {path: f"{names[module]}.{name}" for path, (module, name) in linears.items()}
+
+        attention, mlps = named(attention_linears(model)), named({**shared_linears(model), **mlp_linears(model)})
         return _Paths(
-            {path: f"{names[module]}.{name}" for path, (module, name) in attention_linears(model).items()},
-            {path: f"{names[module]}.{name}" for path, (module, name) in shared_linears(model).items()},
+            {**attention, **mlps} if model.is_dense else attention,
+            {} if model.is_dense else mlps,
             {f"layers.{block.layer}.experts": names[block.experts] for block in model.blocks},
             {f"layers.{block.layer}.router": names[block.router] for block in model.blocks},
         )
@@ -105,8 +114,8 @@ class _Paths(NamedTuple):
     def targets(self) -> list[str]:
         """Return everything in the model that LoRA may target: modules and parameters."""
         return [
-            *self.attention.values(),
-            *(f"{name}.weight" for name in self.shared.values()),
+            *self.modules.values(),
+            *(f"{name}.weight" for name in self.parameters.values()),
             *(f"{name}.{part}" for name in self.experts.values() for part in (_GATE_UP, _DOWN)),
         ]
 
@@ -154,6 +163,9 @@ def to_peft(
     """
     check_version(peft.__version__, "installed is")
     check(model, tensors)
+    rescalers = sorted(name for name in tensors if name.endswith(".rescaler"))
+    if rescalers:
+        raise ModelError(f"{rescalers[0]!r} has no place in PEFT's format; leave the rescalers out")
     paths = _Paths.of(model)
     targets = [*_linears(tensors, alpha, paths), *_experts(tensors, alpha, paths, model)]
     if not targets:
@@ -175,8 +187,8 @@ def to_peft(
 
 
 def _linears(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths) -> list[_Target]:
-    places = [(path, name, name) for path, name in paths.attention.items()]
-    places += [(path, f"{name}.weight", name) for path, name in paths.shared.items()]
+    places = [(path, name, name) for path, name in paths.modules.items()]
+    places += [(path, f"{name}.weight", name) for path, name in paths.parameters.items()]
     return [
         _Target(target, key, a, tensors[f"{path}.lora_B"], Size(a.shape[0], alpha))
         for path, target, key in places
@@ -300,7 +312,7 @@ class _Found(NamedTuple):
 def _parse(settings: PeftSettings, stored: _Tensors, model: FoundationModel) -> tuple[list[_Found], _Tensors]:
     """Return the LoRA and the routers' weights that the files hold. Raises: ModelError at the first foreign tensor."""
     paths = _Paths.of(model)
-    linears = {f"{_PREFIX}{name}": path for path, name in {**paths.attention, **paths.shared}.items()}
+    linears = {f"{_PREFIX}{name}": path for path, name in {**paths.modules, **paths.parameters}.items()}
     experts = {f"{_PREFIX}{paths.experts[f'layers.{block.layer}.experts']}": block for block in model.blocks}
     routers = {f"{_PREFIX}{name}.weight": f"{path}.weight" for path, name in paths.routers.items()}
     loras: list[_Found] = []
@@ -340,8 +352,8 @@ def _foreign(key: str, known: Sequence[str], model: FoundationModel) -> str:
             f"PeftModel.from_pretrained, save it again, and use that"
         )
     return (
-        f"tensor {key!r} has no place in this {model.family.model_type} model; adapters are LoRA on attention, routed "
-        f"and shared experts, and trained routers{closest(key.partition('.lora_')[0], known)}"
+        f"tensor {key!r} has no place in this {model.family.model_type} model; adapters are LoRA on attention, "
+        f"experts and MLPs, and trained routers{closest(key.partition('.lora_')[0], known)}"
     )
 
 

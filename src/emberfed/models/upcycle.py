@@ -33,7 +33,7 @@ from transformers.activations import ACT2FN
 from emberfed import storage
 from emberfed.errors import ConfigError, ModelError, closest
 from emberfed.models import ffn_split
-from emberfed.models.families import families
+from emberfed.models.families import families, load_family
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
 
@@ -358,7 +358,8 @@ def _read_config(folder: Path) -> Any:
     with _reading(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config.model_type not in DENSE_TYPES:
-        reason = "has experts already" if config.model_type in families() else "is not supported"
+        sparse = config.model_type in families() and load_family(config.model_type).mixture is not None
+        reason = "has experts already" if sparse else "is not supported"
         raise ModelError(
             f"dense model {folder}: model type {config.model_type!r} {reason}; give one of type "
             f"{' or '.join(DENSE_TYPES)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -382,15 +381,10 @@ def _stacked_columns(
             start = start + height
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_tick(told_as(value))))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.short(told_as(value))))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(visible=False, axis="x")
         axes.spines["left"].set_color(RULE)
 
     told = ", ".join(f"round {number} {told_as(value)}" for number, value in zip(rounds, whole, strict=True))
     return Panel(f"Bars of {quantity} by round: {told}.", draw, height=2.5)
-
-
-def _round_tick(text: str) -> str:
-    """Return a tick's label without decimals that say nothing: `12.0 MB` as `12 MB`."""
-    return re.sub(r"(\.\d*?)0+(?=\s)", lambda match: match[1].rstrip("."), text)

@@ -6,6 +6,7 @@ A number and its unit are kept on one line by a no-break space, written `SPACE` 
 from __future__ import annotations
 
 import math
+import re
 
 SPACE = "\N{NO-BREAK SPACE}"
 MISSING = "–"
@@ -60,6 +61,11 @@ def seconds(value: float) -> str:
     if minutes < 60:
         return f"{minutes}{SPACE}min{SPACE}{rest:02d}{SPACE}s"
     return f"{minutes // 60:,}{SPACE}h{SPACE}{minutes % 60:02d}{SPACE}min"
+
+
+def short(text: str) -> str:
+    """Return a figure without decimals that say nothing, as ticks need it: `12.0 MB` as `12 MB`."""
+    return re.sub(r"(\.\d*?)0+(?=\s)", lambda match: match[1].rstrip("."), text)
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:

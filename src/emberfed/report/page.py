@@ -29,6 +29,11 @@ def page(runs: Sequence[RunFolder]) -> str:
         title, body = labels[0], _run(runs[0], "run", "h2")
     else:
         title, body = f"Comparison of {len(runs)} runs", _several(runs, labels)
+    return document(title, "emberfed report", body)
+
+
+def document(title: str, eyebrow: str, body: Html) -> str:
+    """Return a whole HTML document in the report's style; `eyebrow` says above the title what it is."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -42,7 +47,7 @@ def page(runs: Sequence[RunFolder]) -> str:
         tag("title", f"{title} · emberfed"),
         tag("style", Html(resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8"))),
     )
-    heading = tag("header", tag("p", "emberfed report", class_="eyebrow"), tag("h1", title))
+    heading = tag("header", tag("p", eyebrow, class_="eyebrow"), tag("h1", title))
     return "<!doctype html>\n" + tag("html", head, tag("body", tag("main", heading, body)), lang="en") + "\n"
 
 
@@ -115,8 +120,14 @@ def _what_ran(run: RunFolder) -> str:
     clients = set(run.partition.clients) or {line.client for line in run.clients}
     shape = [
         f"{numbers.parameters(model.parameters)} parameters",
-        f"{numbers.count(model.layers)} layers of {numbers.count(model.num_experts)} experts",
-        f"{numbers.count(model.native_top_k)} active natively",
+        *(
+            [f"{numbers.count(model.layers)} dense layers"]
+            if model.num_experts == 1
+            else [
+                f"{numbers.count(model.layers)} layers of {numbers.count(model.num_experts)} experts",
+                f"{numbers.count(model.native_top_k)} active natively",
+            ]
+        ),
     ]
     known = [text for text in shape if numbers.MISSING not in text]
     described = f"{model.path} ({', '.join(known)})" if known else model.path
@@ -194,7 +205,7 @@ def _training(run: RunFolder, identifier: str) -> Html:
         else _missing("The clients recorded no training loss by step.")
     )
     last = max(line.round for line in run.clients)
-    return join([curves, _details(f"Every client in round {last}", tables.clients(run, last))])
+    return join([curves, details(f"Every client in round {last}", tables.clients(run, last))])
 
 
 def _experts(run: RunFolder, identifier: str) -> Html:
@@ -210,11 +221,11 @@ def _data(run: RunFolder, identifier: str) -> Html:
     if shards.clients:
         parts.append(figures.partition(run, f"{identifier}-partition"))
         settings = {"kind": shards.kind, **shards.parameters}
-        parts.append(_details("Every client’s data", tables.settings("Partition", settings), tables.partition(run)))
+        parts.append(details("Every client’s data", tables.settings("Partition", settings), tables.partition(run)))
     else:
         parts.append(_missing("How the data was divided is not recorded."))
     if run.info.data:
-        parts.append(_details("Counts of the data set", tables.settings("Data", run.info.data)))
+        parts.append(details("Counts of the data set", tables.settings("Data", run.info.data)))
     return join(parts)
 
 
@@ -236,7 +247,7 @@ def _failures(run: RunFolder) -> Html:
     if run.events:
         left_out = max(0, len(run.events) - _MOST_EVENTS)
         note = f" (the last {_MOST_EVENTS}; {left_out} earlier ones are in events.jsonl)" if left_out else ""
-        parts.append(_details(f"{_plural(len(run.events), 'event')}{note}", tables.events(run, _MOST_EVENTS)))
+        parts.append(details(f"{_plural(len(run.events), 'event')}{note}", tables.events(run, _MOST_EVENTS)))
     else:
         parts.append(tag("p", "No events were recorded."))
     return join(parts)
@@ -244,7 +255,7 @@ def _failures(run: RunFolder) -> Html:
 
 def _setup(run: RunFolder) -> Html:
     info = run.info
-    parts = [_details("Configuration", tag("pre", tag("code", run.config), tabindex="0"))] if run.config else []
+    parts = [details("Configuration", tag("pre", tag("code", run.config), tabindex="0"))] if run.config else []
     for title, values in (
         ("Versions", {"git commit": info.git, **info.versions}),
         ("Hardware", info.hardware),
@@ -252,9 +263,10 @@ def _setup(run: RunFolder) -> Html:
     ):
         known = {key: value for key, value in values.items() if value not in (None, "") and value == value}
         if known:
-            parts.append(_details(title, tables.settings(title, known)))
+            parts.append(details(title, tables.settings(title, known)))
     return join(parts) if parts else _missing("Neither configuration nor versions are recorded.")
 
 
-def _details(title: str, *content: Html) -> Html:
+def details(title: str, *content: Html) -> Html:
+    """Return a part of a page that opens at a click."""
     return tag("details", tag("summary", title), *content)

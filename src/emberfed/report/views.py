@@ -43,7 +43,8 @@ def tiers_of(run: RunFolder) -> tuple[TierView, ...]:
     """Return every tier the run names, evaluated or trained at, by `top_k`, then in the order of `run.json`."""
     listed = [(tier.name, tier.top_k) for tier in run.info.tiers]
     evaluated = [(line.tier, line.top_k) for line in run.evaluations]
-    trained = [(line.tier, line.top_k) for line in run.clients]
+    named = {name for name, _ in (*listed, *evaluated)}
+    trained = [(line.tier, line.top_k) for line in run.clients if line.tier is None or line.tier not in named]
     met = dict.fromkeys([*listed, *evaluated, *trained])
     ordered = sorted(met, key=lambda key: key[1])
     return tuple(TierView(name, top_k, number) for number, (name, top_k) in enumerate(ordered))
@@ -61,8 +62,11 @@ def evaluated_tiers(run: RunFolder) -> tuple[TierView, ...]:
 
 
 def clients_at(run: RunFolder, tier: TierView) -> list[ClientRound]:
-    """Return what the tier's clients did, by round and then by client."""
-    lines = [line for line in run.clients if (line.tier, line.top_k) == (tier.name, tier.top_k)]
+    """Return what the tier's clients did, by round and then by client.
+
+    A client is of the tier it names, whatever number of experts its method trained it with.
+    """
+    lines = [line for line in run.clients if line.tier == tier.name and (tier.name or line.top_k == tier.top_k)]
     return sorted(lines, key=lambda line: (line.round, natural_order(line.client)))
 
 

@@ -76,25 +76,19 @@ def group_limit(config: Any) -> GroupLimit:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Family:
-    """Where the parts of a sparse mixture-of-experts model are, in transformers' implementation of it.
+class Mixture:
+    """Where a family's experts are, and how its routers choose among them.
 
-    Paths are dotted attribute names. A decoder layer without router and experts is dense and gets no expert adapter.
     How expert weights are stored is not said here: transformers' experts modules say it themselves.
 
     Attributes:
-        model_type: transformers' name of the model type; the file's name too.
-        layers: From the causal model to its list of decoder layers.
-        block: From a decoder layer to its mixture of experts, or in a dense layer to its MLP.
         router: From the block to the router, which returns (logits, weights, index).
         experts: From the block to the module with the stacked `gate_up_proj` and `down_proj`.
         shared_experts: From the block to the MLP every token goes through besides its experts, if the family has one.
-        attention: From a decoder layer to its attention.
-        attention_linears: Linear layers the attention may have; those that are there take LoRA.
         top_k: Experts per token: the config's attribute; also the causal model's, if its auxiliary loss reads one.
         router_top_k: The same on the router, and on the block if it has one of that name.
         num_experts: The config's attribute with the number of experts.
-        expert_intermediate: The config's attribute with F, the hidden size of one expert.
+        intermediate: The config's attribute with F, the hidden size of one expert.
         renormalises: The config's attribute that says whether the weights of the kept experts are made to sum to a
             constant, or the answer itself where the family has no choice.
         scaling: The config's attribute with the factor the router puts on all weights, if it has one: what
@@ -104,23 +98,42 @@ class Family:
         fixed: Set for a router that ignores its `top_k`.
     """
 
-    model_type: str
-    layers: str = "model.layers"
-    block: str = "mlp"
     router: str = "gate"
     experts: str = "experts"
     shared_experts: str | None = None
-    attention: str = "self_attn"
-    attention_linears: tuple[str, ...] = GROUPED_QUERY_LINEARS
     top_k: str = "num_experts_per_tok"
     router_top_k: str = "top_k"
     num_experts: str = "num_experts"
-    expert_intermediate: str = "intermediate_size"
+    intermediate: str = "intermediate_size"
     renormalises: str | bool = "norm_topk_prob"
     scaling: str | None = None
     auxiliary_loss: bool = True
     groups: Callable[[Any], GroupLimit | None] = no_groups
     fixed: FixedRouting | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where the parts of a causal language model are, in transformers' implementation of it.
+
+    Paths are dotted attribute names. A decoder layer without router and experts is dense, also in a family with them.
+
+    Attributes:
+        model_type: transformers' name of the model type; the file's name too.
+        layers: From the causal model to its list of decoder layers.
+        block: From a decoder layer to its MLP (gate_proj, up_proj and down_proj), or to its mixture of experts.
+        attention: From a decoder layer to its attention.
+        attention_linears: Linear layers the attention may have; those that are there take LoRA.
+        mixture: Where the experts are; None for a dense family, which has none.
+    """
+
+    model_type: str
+    layers: str = "model.layers"
+    block: str = "mlp"
+    attention: str = "self_attn"
+    attention_linears: tuple[str, ...] = GROUPED_QUERY_LINEARS
+    mixture: Mixture | None = None
 
 
 class ModelTypeConfig(Protocol):
@@ -149,28 +162,20 @@ def load_family(model_type: str) -> Family:
 def family_of(config: ModelTypeConfig) -> Family:
     """Return the record for a transformers config.
 
-    Raises: ModelError if the model is dense or of no known family; it says what the config tells about experts.
+    Raises: ModelError if the model is of no known family; it says what the config tells about experts.
     """
     if config.model_type in families():
         return load_family(config.model_type)
-    facts = _expert_facts(config)
-    if not facts:
-        raise ModelError(
-            f"model type {config.model_type!r} is not a sparse mixture-of-experts model (its config says nothing of "
-            f"experts); choose one of a known type: {', '.join(families())}"
-        )
-    found = ", ".join(f"{name}={value}" for name, value in sorted(facts.items()))
-    raise ModelError(
-        f"model type {config.model_type!r} has no record, though its config has experts ({found}); "
-        f"{_how_to_add(config.model_type)}"
-    )
+    found = ", ".join(f"{name}={value}" for name, value in sorted(_expert_facts(config).items()))
+    experts = f"its config has experts ({found})" if found else "its config says nothing of experts"
+    raise ModelError(f"model type {config.model_type!r} has no record ({experts}); {_how_to_add(config.model_type)}")
 
 
 def _how_to_add(model_type: str) -> str:
     return (
         f"known: {', '.join(families())}; to add it, write "
         f"emberfed/models/families/{model_type}.py with FAMILY = Family(model_type={model_type!r}, ...), "
-        f"which says where its routers and experts are"
+        f"which says where its layers are, and its routers and experts if it has any"
     )
 
 

@@ -5,7 +5,7 @@ transformers' router scales its weights and never renormalises them, whatever `n
 
 from typing import Any
 
-from emberfed.models.families import LATENT_LINEARS, Family, GroupLimit, group_limit
+from emberfed.models.families import LATENT_LINEARS, Family, GroupLimit, Mixture, group_limit
 
 
 def _groups(config: Any) -> GroupLimit | None:
@@ -14,12 +14,14 @@ def _groups(config: Any) -> GroupLimit | None:
 
 FAMILY = Family(
     model_type="deepseek_v2",
-    shared_experts="shared_experts",
     attention_linears=LATENT_LINEARS,
-    num_experts="n_routed_experts",
-    expert_intermediate="moe_intermediate_size",
-    renormalises=False,
-    scaling="routed_scaling_factor",
-    auxiliary_loss=False,
-    groups=_groups,
+    mixture=Mixture(
+        shared_experts="shared_experts",
+        num_experts="n_routed_experts",
+        intermediate="moe_intermediate_size",
+        renormalises=False,
+        scaling="routed_scaling_factor",
+        auxiliary_loss=False,
+        groups=_groups,
+    ),
 )

@@ -3,15 +3,17 @@
 Experts are chosen by score plus bias, within the best groups; their weights are the scores without it.
 """
 
-from emberfed.models.families import LATENT_LINEARS, Family, group_limit
+from emberfed.models.families import LATENT_LINEARS, Family, Mixture, group_limit
 
 FAMILY = Family(
     model_type="deepseek_v3",
-    shared_experts="shared_experts",
     attention_linears=LATENT_LINEARS,
-    num_experts="n_routed_experts",
-    expert_intermediate="moe_intermediate_size",
-    scaling="routed_scaling_factor",
-    auxiliary_loss=False,
-    groups=group_limit,
+    mixture=Mixture(
+        shared_experts="shared_experts",
+        num_experts="n_routed_experts",
+        intermediate="moe_intermediate_size",
+        scaling="routed_scaling_factor",
+        auxiliary_loss=False,
+        groups=group_limit,
+    ),
 )

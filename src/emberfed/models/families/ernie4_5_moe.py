@@ -3,12 +3,14 @@
 Experts are chosen by probability plus a bias; their weights are the probabilities without it.
 """
 
-from emberfed.models.families import Family
+from emberfed.models.families import Family, Mixture
 
 FAMILY = Family(
     model_type="ernie4_5_moe",
-    shared_experts="shared_experts",
-    num_experts="moe_num_experts",
-    expert_intermediate="moe_intermediate_size",
-    renormalises=True,
+    mixture=Mixture(
+        shared_experts="shared_experts",
+        num_experts="moe_num_experts",
+        intermediate="moe_intermediate_size",
+        renormalises=True,
+    ),
 )

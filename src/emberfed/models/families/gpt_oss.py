@@ -3,11 +3,8 @@
 Its experts are stored transposed, gate and up alternating.
 """
 
-from emberfed.models.families import Family
+from emberfed.models.families import Family, Mixture
 
 FAMILY = Family(
-    model_type="gpt_oss",
-    router="router",
-    num_experts="num_local_experts",
-    renormalises=True,
+    model_type="gpt_oss", mixture=Mixture(router="router", num_experts="num_local_experts", renormalises=True)
 )

@@ -3,6 +3,6 @@
 Also the architecture of dense LLaMA models made sparse.
 """
 
-from emberfed.models.families import Family
+from emberfed.models.families import Family, Mixture
 
-FAMILY = Family(model_type="mixtral", num_experts="num_local_experts", renormalises=True)
+FAMILY = Family(model_type="mixtral", mixture=Mixture(num_experts="num_local_experts", renormalises=True))

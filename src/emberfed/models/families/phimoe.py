@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from emberfed.models.families import Family, FixedRouting
+from emberfed.models.families import Family, FixedRouting, Mixture
 
 
 def sparsemixer(logits_TE: torch.Tensor, top_k: int, router: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,8 +34,10 @@ def sparsemixer(logits_TE: torch.Tensor, top_k: int, router: Any) -> tuple[torch
 
 FAMILY = Family(
     model_type="phimoe",
-    router="router",
-    num_experts="num_local_experts",
-    renormalises=False,
-    fixed=FixedRouting(top_k=2, route=sparsemixer),
+    mixture=Mixture(
+        router="router",
+        num_experts="num_local_experts",
+        renormalises=False,
+        fixed=FixedRouting(top_k=2, route=sparsemixer),
+    ),
 )
