@@ -13,6 +13,7 @@ from federations import config
 import emberfed
 from emberfed import config as configuration
 from emberfed.cli.plan import plan, tables
+from emberfed.method import method_names
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,7 @@ def test_command_prints_tables_and_json(values: dict[str, Any], tmp_path: Path) 
         "head_positions": small["step"]["head_positions"],
         "micro_batches": 2,
         "checkpointing": False,
+        "anchored": False,
     }
     assert small["recomputed_flops"] == 0 < small["memory"]["total_bytes"]
     again = json.loads(invoke("plan", file, "--json", "--set", "training.gradient_checkpointing=true").stdout)
@@ -73,3 +75,36 @@ def test_what_is_wrong_is_one_line(values: dict[str, Any], tmp_path: Path) -> No
     assert result.exit_code == 2
     assert "batch_sise" in result.stderr
     assert invoke("plan", "--help").stdout.count("Example: emberfed plan") == 1
+
+
+def test_fedprox_holds_a_second_adapter(tiny_model_folder: Path, tiny_data: Path) -> None:
+    plain, held = (
+        plan(configuration.parse(config(tiny_model_folder, tiny_data, training={"proximal_mu": mu})))
+        for mu in (0.0, 0.1)
+    )
+    for one, other in zip(plain, held, strict=True):
+        assert other.memory.adapter_bytes == 2 * one.memory.adapter_bytes
+        assert other.memory.total_bytes == one.memory.total_bytes + one.memory.adapter_bytes
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_plan_counts_what_each_method_sends_and_trains(
+    method: str, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Bytes are those of the first round's payloads but for headers; FLOPs those that clients report."""
+    values = config(
+        tiny_model_folder,
+        tiny_data,
+        method={"name": method},
+        training={"rounds": 1},
+        evaluation={"every": 0, "max_examples": 2},
+    )
+    plans = {found.tier: found for found in plan(configuration.parse(values))}
+    run = emberfed.run(values, output=tmp_path / "run")
+    lines = [json.loads(line) for line in (run.path / "clients.jsonl").read_text().splitlines()]
+    for tier, found in plans.items():
+        clients = [line for line in lines if line["tier"] == tier]
+        assert {line["top_k"] for line in clients} == {found.top_k}
+        assert {line["bytes_down"] for line in clients} == {found.download_bytes}
+        assert all(0 < line["bytes_up"] - found.upload_bytes < 20_000 for line in clients)
+        assert found.round_flops == sum(line["flops"] for line in clients) // len(clients)

@@ -8,10 +8,11 @@ Shape suffixes: C clients, L layers, E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, final, get_args
+from typing import Literal, NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
@@ -36,12 +37,13 @@ class Update:
     Attributes:
         client: Its name, for messages.
         tensors: By name. `<path>.lora_A` (..., R, in) and `<path>.lora_B` (..., out, R) are a LoRA pair, which adapts a
-            weight by alpha / R * B A with one alpha for all clients; anything else is a tensor on its own.
+            weight by alpha / R * B A with one alpha for all clients; so are names as PEFT writes them (`lora_factor`).
+            Anything else is a tensor on its own.
         examples: Training examples, n_c.
         tokens: Tokens it trained on, for activation-aware weights.
         top_k: Experts it activated per token, for activation-aware weights.
-        activations: (E,) (token, slot) assignments to each expert, by what the names of the tensors stacked over those
-            experts, (E, ...), begin with.
+        activations: (E,) (token, slot) assignments to each expert, by the part of the path that the names of the
+            tensors stacked over those experts, (E, ...), begin with.
     """
 
     client: str
@@ -141,16 +143,18 @@ class Weights:
 
     def of(self, name: str) -> Tensor:
         """Return the shares in a tensor, float64: (C,), or (C, E) if it is stacked over experts whose use is known."""
-        prefix = self._prefix(name)
+        prefix = _prefix(self._experts_CE, name)
         return self.shares_C if prefix is None else self._experts_CE[prefix]
 
     def used(self, name: str) -> Tensor | None:
         """Return which experts of a tensor have a weight, bool (E,); None if it has none, or their use is not known."""
-        prefix = self._prefix(name)
+        prefix = _prefix(self._experts_CE, name)
         return None if prefix is None else self._experts_CE[prefix].sum(dim=0) > 0
 
-    def _prefix(self, name: str) -> str | None:
-        return next((prefix for prefix in self._experts_CE if name.startswith(prefix)), None)
+
+def _prefix(prefixes: Iterable[str], name: str) -> str | None:
+    """Return what a name begins with, whole parts of its path only: `layers.1` is not what `layers.10` begins with."""
+    return next((prefix for prefix in prefixes if name.startswith(f"{prefix.removesuffix('.')}.")), None)
 
 
 def _expert_shares(updates: Sequence[Update], shares_C: Tensor, rule: ActivationRule | None) -> dict[str, Tensor]:
@@ -207,7 +211,11 @@ def average_one(
     shares = weights.of(name)
     if shares.dim() == 1:
         return mean(received(updates, name), shares)
-    before = (updates[0].tensors if previous is None else previous)[name]
+    before = updates[0].tensors[name] if previous is None else _before(previous, name)
+    if before.shape != (shape := updates[0].tensors[name].shape):
+        raise AggregationError(
+            f"{updates[0].client}: {name!r} has shape {tuple(shape)}, but {tuple(before.shape)} in previous"
+        )
     return mean_per_expert(before, received(updates, name), shares)
 
 
@@ -226,7 +234,7 @@ def common_names(updates: Sequence[Update]) -> list[str]:
 
 
 def received(updates: Sequence[Update], name: str) -> Iterator[Tensor]:
-    """Yield one tensor of each client, in order. Raises: AggregationError at the first whose shape is another."""
+    """Yield one tensor of each client, in order. Raises: AggregationError at the first whose shape does not fit."""
     expected: torch.Size | None = None
     for update in updates:
         tensor = update.tensors[name]
@@ -236,64 +244,131 @@ def received(updates: Sequence[Update], name: str) -> Iterator[Tensor]:
                 f"{update.client}: {name!r} has shape {tuple(tensor.shape)}, {updates[0].client} sent "
                 f"{tuple(expected)}; this can only be averaged in equal shapes (use a method that mixes ranks)"
             )
+        _check_experts(update, name, tensor.shape[:1])
         yield tensor
 
 
-def lora_paths(updates: Sequence[Update]) -> tuple[list[str], list[str]]:
-    """Return the paths of the LoRA pairs, and the names of all other tensors; both sorted.
+class LoraFactor(NamedTuple):
+    """Which factor of a LoRA a tensor is, `A` or `B`, and the name of the other one."""
 
-    Which factor is A and which is B is told by name, never by shape.
+    letter: Literal["A", "B"]
+    partner: str
+
+
+def lora_factor(name: str) -> LoraFactor | None:
+    """Return what factor a tensor of that name is; None if it is none.
+
+    The part `lora_A` or `lora_B` says so (PEFT's embeddings: `lora_embedding_A`), never a shape. What follows is kept:
+    PEFT's `.weight`, or `.<adapter>.weight`. A bias is no factor.
+    """
+    found = re.fullmatch(r"((?:.+\.)?lora_(?:embedding_)?)([AB])((?:\.[^.]+)*?)(?<!\.bias)", name)
+    if found is None:
+        return None
+    before, letter, after = found.groups()
+    return LoraFactor("A", f"{before}B{after}") if letter == "A" else LoraFactor("B", f"{before}A{after}")
+
+
+def _b_of(a_name: str) -> str:
+    factor = lora_factor(a_name)
+    assert factor is not None, "pairs go by the names of their A"
+    return factor.partner
+
+
+def lora_paths(updates: Sequence[Update]) -> tuple[list[str], list[str]]:
+    """Return the names of the LoRA pairs' A, by which pairs go, and of all tensors that are no factors; both sorted.
 
     Raises: AggregationError if names differ between clients, or a factor is alone.
     """
-    names = common_names(updates)
-    paths = [name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")]
-    of_pairs = {f"{path}.{factor}" for path in paths for factor in ("lora_A", "lora_B")}
-    alone = sorted(of_pairs - set(names)) or [n for n in names if n.endswith(".lora_B") and n not in of_pairs]
-    if alone:
-        raise AggregationError(f"{alone[0]!r}: lora_A and lora_B belong together, one of them is missing")
-    return paths, [name for name in names if name not in of_pairs]
+    return _lora_paths(common_names(updates))
 
 
-def received_pairs(updates: Sequence[Update], path: str) -> Iterator[Pair]:
+def _lora_paths(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    factors = {name: factor for name in names if (factor := lora_factor(name)) is not None}
+    for name, factor in factors.items():
+        if factor.partner not in factors:
+            raise AggregationError(f"{name!r} is there without {factor.partner!r}; the factors of a LoRA go together")
+    return [name for name, factor in factors.items() if factor.letter == "A"], [n for n in names if n not in factors]
+
+
+def received_pairs(updates: Sequence[Update], a_name: str) -> Iterator[Pair]:
     """Yield one LoRA pair of each client, in order; ranks may differ between clients, other sizes may not.
 
     Raises: AggregationError at the first that does not fit.
     """
-    expected: tuple[tuple[int, ...], ...] | None = None
+    first: Pair | None = None
     for update in updates:
-        pair = Pair(update.tensors[f"{path}.lora_A"], update.tensors[f"{path}.lora_B"])
-        shapes = (tuple(pair.a.shape), tuple(pair.b.shape))
-        if min(pair.a.dim(), pair.b.dim()) < 2 or pair.a.shape[-2] != pair.b.shape[-1]:
+        pair = Pair(update.tensors[a_name], update.tensors[_b_of(a_name)])
+        if not _is_pair(pair):
             raise AggregationError(
-                f"{update.client}: {path!r} has lora_A {shapes[0]} and lora_B {shapes[1]}; expected "
-                f"(..., R, in) and (..., out, R)"
+                f"{update.client}: {a_name!r} has shape {tuple(pair.a.shape)} and its lora_B {tuple(pair.b.shape)}; "
+                f"expected (..., R, in) and (..., out, R)"
             )
-        sizes = (*pair.a.shape[:-2], *pair.a.shape[-1:]), tuple(pair.b.shape[:-1])
-        expected = sizes if expected is None else expected
-        if sizes != expected:
-            raise AggregationError(
-                f"{update.client}: {path!r} has lora_A {shapes[0]} and lora_B {shapes[1]}, which is of another weight "
-                f"than {updates[0].client}'s; only ranks may differ"
-            )
+        first = pair if first is None else first
+        _check_same_weight(f"{update.client}: {a_name!r}", pair, f"{updates[0].client}'s", first)
+        _check_experts(update, a_name, pair.a.shape[:-2])
         yield pair
 
 
 def previous_pair(
-    updates: Sequence[Update], path: str, previous: Mapping[str, Tensor] | None, rank: int | None = None
+    updates: Sequence[Update], a_name: str, previous: Mapping[str, Tensor] | None, rank: int | None = None
 ) -> Pair:
-    """Return a LoRA pair as it was; zeros of the largest rank of any client, or of `rank`, if that is not known."""
-    if previous is not None:
-        return Pair(previous[f"{path}.lora_A"], previous[f"{path}.lora_B"])
-    largest = max(pair.rank for pair in received_pairs(updates, path))
-    a, b = next(received_pairs(updates, path))
-    rank = largest if rank is None else rank
-    return Pair(a.new_zeros(*a.shape[:-2], rank, a.shape[-1]), b.new_zeros(*b.shape[:-1], rank))
+    """Return a LoRA pair as it was; zeros of the largest rank of any client, or of `rank`, if that is not known.
+
+    Raises: AggregationError if it is known, but of another weight or rank.
+    """
+    if previous is None:
+        largest = max(pair.rank for pair in received_pairs(updates, a_name)) if rank is None else rank
+        a, b = next(received_pairs(updates, a_name))
+        return Pair(a.new_zeros(*a.shape[:-2], largest, a.shape[-1]), b.new_zeros(*b.shape[:-1], largest))
+    before = Pair(_before(previous, a_name), _before(previous, _b_of(a_name)))
+    if not _is_pair(before) or rank not in (None, before.rank):
+        raise AggregationError(
+            f"previous {a_name!r} has shape {tuple(before.a.shape)} and its lora_B {tuple(before.b.shape)}; "
+            f"expected (..., R, in) and (..., out, R){'' if rank is None else f' of rank {rank}'}"
+        )
+    _check_same_weight(
+        f"{updates[0].client}: {a_name!r}", next(received_pairs(updates, a_name)), "that of previous", before
+    )
+    return before
 
 
-def named(path: str, pair: Pair) -> dict[str, Tensor]:
+def named(a_name: str, pair: Pair) -> dict[str, Tensor]:
     """Return a LoRA pair's tensors by name."""
-    return {f"{path}.lora_A": pair.a, f"{path}.lora_B": pair.b}
+    return {a_name: pair.a, _b_of(a_name): pair.b}
+
+
+def _before(previous: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in previous:
+        raise AggregationError(f"previous lacks {name!r}, which the clients sent; give all they began with, or nothing")
+    return previous[name]
+
+
+def _is_pair(pair: Pair) -> bool:
+    """Tell whether two factors have one rank and one stack of experts."""
+    return (
+        min(pair.a.dim(), pair.b.dim()) >= 2
+        and pair.rank == pair.b.shape[-1]
+        and pair.a.shape[:-2] == pair.b.shape[:-2]
+    )
+
+
+def _check_same_weight(where: str, pair: Pair, whose: str, other: Pair) -> None:
+    """Check that two pairs adapt weights of one shape. Raises: AggregationError."""
+    if (pair.b.shape[:-1], pair.a.shape[-1]) != (other.b.shape[:-1], other.a.shape[-1]):
+        raise AggregationError(
+            f"{where} has shape {tuple(pair.a.shape)} and its lora_B {tuple(pair.b.shape)}, which is of another weight "
+            f"than {whose} {tuple(other.a.shape)} and {tuple(other.b.shape)}; only ranks may differ"
+        )
+
+
+def _check_experts(update: Update, name: str, stacked: torch.Size) -> None:
+    """Check that a tensor is stacked over as many experts as were counted. Raises: AggregationError."""
+    prefix = _prefix(update.activations, name)
+    if prefix is not None and update.activations[prefix].shape != stacked:
+        raise AggregationError(
+            f"{update.client}: {name!r} is stacked over {tuple(stacked)}, but activations of {prefix!r} were counted "
+            f"for {tuple(update.activations[prefix].shape)}; they are for tensors (experts, ...)"
+        )
 
 
 def redistribute(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
@@ -301,21 +376,18 @@ def redistribute(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
     For HetLoRA and FlexLoRA. Other tensors are as they were.
 
-    Raises: AggregationError if the rank is below 1, or above a LoRA's.
+    Raises: AggregationError if the rank is below 1, or above a LoRA's, or a factor is alone.
     """
-    result = {}
-    for name, tensor in sorted(tensors.items()):
-        path, _, factor = name.rpartition(".")
-        if factor not in ("lora_A", "lora_B"):
-            result[name] = tensor
-            continue
-        pair = Pair(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"])
+    a_names, others = _lora_paths(sorted(tensors))
+    result = {name: tensors[name] for name in others}
+    for a_name in a_names:
+        pair = Pair(tensors[a_name], tensors[_b_of(a_name)])
         if not 1 <= rank <= pair.rank:
             raise AggregationError(
-                f"rank {rank} cannot be cut from {path!r} of rank {pair.rank}; choose 1 to {pair.rank}"
+                f"rank {rank} cannot be cut from {a_name!r} of rank {pair.rank}; choose 1 to {pair.rank}"
             )
-        result[name] = cut(pair, rank).a if factor == "lora_A" else cut(pair, rank).b
-    return result
+        result |= named(a_name, cut(pair, rank))
+    return dict(sorted(result.items()))
 
 
 def mean(tensors: Iterable[Tensor], weights_C: Tensor) -> Tensor:

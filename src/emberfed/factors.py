@@ -81,9 +81,9 @@ def principal(pairs: Sequence[Pair], weights: Tensor, previous: Pair) -> Pair:
         weights: (C,), or (C, E).
         previous: What the clients' pairs were cut from.
     """
-    stack = stacked(pairs, weights)
-    left, core_b = torch.linalg.qr(stack.b.to(torch.float32))
-    right, core_a = torch.linalg.qr(stack.a.to(torch.float32).mT)
+    stack = stacked([Pair(pair.a.to(torch.float32), pair.b.to(torch.float32)) for pair in pairs], weights)
+    left, core_b = torch.linalg.qr(stack.b)
+    right, core_a = torch.linalg.qr(stack.a.mT)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT, full_matrices=False)
     kept = min(previous.rank, s.shape[-1])
     a, b = previous.a.to(torch.float32, copy=True), torch.zeros_like(previous.b, dtype=torch.float32)

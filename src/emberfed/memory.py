@@ -60,6 +60,7 @@ class Step:
         head_positions: Positions of each whose logits are computed.
         micro_batches: Forward and backward passes per step.
         checkpointing: Whether layers are run again in backward.
+        anchored: Whether FedProx holds the adapter to a copy of what it was.
     """
 
     sequences: int
@@ -67,6 +68,7 @@ class Step:
     head_positions: int
     micro_batches: int = 1
     checkpointing: bool = False
+    anchored: bool = False
 
 
 @final
@@ -76,7 +78,7 @@ class TrainingMemory:
 
     Attributes:
         weight_bytes: The frozen model as it is stored.
-        adapter_bytes: The adapter, float32.
+        adapter_bytes: The adapter, float32, and FedProx's copy of it if there is one.
         optimizer_bytes: Adam's two moments, float32.
         gradient_bytes: Gradients of one step, float32; of experts only where tokens went.
         activation_bytes: What autograd keeps at most.
@@ -129,7 +131,7 @@ def training_memory(
     activations, working = _moments(model, step, saved, gradients)
     return TrainingMemory(
         weight_bytes=weights,
-        adapter_bytes=tensor_bytes(adapter),
+        adapter_bytes=tensor_bytes(adapter) * (2 if step.anchored else 1),
         optimizer_bytes=_ADAM_MOMENTS * sum(_gradient_bytes(model, adapter, ever)),
         gradient_bytes=sum(gradients),
         activation_bytes=activations,

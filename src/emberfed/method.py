@@ -144,6 +144,12 @@ def aggregate(
         raise AggregationError(f"client {twice[0]!r} has two updates; give one for each client")
     for update in ordered:
         for name in sorted(update.tensors):
-            if not bool(torch.isfinite(update.tensors[name]).all()):
+            tensor = update.tensors[name]
+            if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+                raise AggregationError(
+                    f"{update.client}: {name!r} is {getattr(tensor, 'dtype', type(tensor).__name__)}, expected a torch "
+                    f"tensor of floating-point numbers; convert it with torch.as_tensor"
+                )
+            if not bool(torch.isfinite(tensor).all()):
                 raise AggregationError(f"{update.client}: {name!r} holds numbers that are not finite; leave it out")
     return chosen.combine(ordered, config, previous)

@@ -24,7 +24,7 @@ from emberfed.method import Method
 from emberfed.records import Bundle, Rank, TensorSpec
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
-from emberfed.training import Trainer, check_possible, step_count
+from emberfed.training import Trainer, TrainingConfig, check_possible, step_count
 
 
 @final
@@ -77,7 +77,7 @@ def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, 
     wanted, top_k = method.expects(state, download), download.content.meta["top_k"]
     adapter = {name: _largest_tensor(spec) for name, spec in wanted.items() if name.startswith("layers.")}
     steps = [step for client in clients for step in _steps(config, material, client)]
-    largest = _largest(steps, config.training.gradient_checkpointing)
+    largest = _largest(steps, config.training)
     works = [_work(batch, top_k) for step in steps for batch in step]
     one = Work.of_batch(largest.sequences, largest.length, top_k, largest.sequences * largest.head_positions)
     times = largest.micro_batches
@@ -122,7 +122,7 @@ def _work(batch: Batch, top_k: int) -> Work:
     return replace(full, routed_tokens=int(batch.attention_mask.sum()))
 
 
-def _largest(steps: Sequence[Sequence[Batch]], checkpointing: bool) -> Step:
+def _largest(steps: Sequence[Sequence[Batch]], training: TrainingConfig) -> Step:
     """Return a step that is in every respect as large as any of these."""
     batches = [batch for step in steps for batch in step]
     return Step(
@@ -130,7 +130,8 @@ def _largest(steps: Sequence[Sequence[Batch]], checkpointing: bool) -> Step:
         length=max(batch.input_ids.shape[1] for batch in batches),
         head_positions=max(map(_head_positions, batches)),
         micro_batches=max(map(len, steps)),
-        checkpointing=checkpointing,
+        checkpointing=training.gradient_checkpointing,
+        anchored=training.proximal_mu > 0,
     )
 
 

@@ -95,12 +95,12 @@ class FlexLora(Method):
     ) -> dict[str, Tensor]:
         """Return the best LoRA of the global rank for the mean of the products."""
         weights = Weights(updates, config.activation_rule, aggregation.unused(previous))
-        paths, others = aggregation.lora_paths(updates)
+        a_names, others = aggregation.lora_paths(updates)
         tensors = {name: aggregation.average_one(updates, name, weights, previous) for name in others}
-        for path in paths:
-            pairs = list(aggregation.received_pairs(updates, path))
-            before = aggregation.previous_pair(updates, path, previous, config.rank)
-            tensors |= aggregation.named(path, factors.principal(pairs, weights.of(f"{path}.lora_A"), before))
+        for a_name in a_names:
+            pairs = list(aggregation.received_pairs(updates, a_name))
+            before = aggregation.previous_pair(updates, a_name, previous, config.rank)
+            tensors |= aggregation.named(a_name, factors.principal(pairs, weights.of(a_name), before))
         return dict(sorted(tensors.items()))
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:

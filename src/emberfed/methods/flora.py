@@ -114,7 +114,8 @@ class Flora(Method):
     ) -> dict[str, Tensor]:
         """Return the stack, of rank sum r_c; attached with alpha / rank it is the mean of the products."""
         stack = _stack(updates, config, previous)
-        return {name: tensor * _rank(stack) if name.endswith(".lora_A") else tensor for name, tensor in stack.items()}
+        a_names, _ = aggregation.lora_paths(updates)
+        return {**stack, **{a_name: stack[a_name] * stack[a_name].shape[-2] for a_name in a_names}}
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Append the round's stack, and remember who has merged what was there before."""
@@ -137,12 +138,12 @@ class Flora(Method):
 
 def _stack(updates: Sequence[Update], config: FloraConfig, previous: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return one round's stack, without alpha / R."""
-    weights = Weights(updates, config.activation_rule)
-    paths, others = aggregation.lora_paths(updates)
+    weights = Weights(updates, config.activation_rule)  # an expert nobody used adds nothing to the base
+    a_names, others = aggregation.lora_paths(updates)
     tensors = {name: aggregation.average_one(updates, name, weights, previous) for name in others}
-    for path in paths:
-        pairs = list(aggregation.received_pairs(updates, path))
-        tensors |= aggregation.named(path, factors.stacked(pairs, weights.of(f"{path}.lora_A")))
+    for a_name in a_names:
+        pairs = list(aggregation.received_pairs(updates, a_name))
+        tensors |= aggregation.named(a_name, factors.stacked(pairs, weights.of(a_name)))
     return dict(sorted(tensors.items()))
 
 

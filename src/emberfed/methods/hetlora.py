@@ -108,20 +108,20 @@ class HetLora(Method):
     ) -> dict[str, Tensor]:
         """Pad to the global rank, weigh by norm, average A and B."""
         weights = Weights(updates, config.activation_rule, aggregation.unused(previous))
-        paths, others = aggregation.lora_paths(updates)
+        a_names, others = aggregation.lora_paths(updates)
         tensors = {name: aggregation.average_one(updates, name, weights, previous) for name in others}
-        for path in paths:
-            shares = weights.of(f"{path}.lora_A")
+        for a_name in a_names:
+            shares = weights.of(a_name)
             if config.weighting == "norm":
-                shares = _norm_shares(updates, path, shares)
-            before = aggregation.previous_pair(updates, path, previous)
-            for update, pair in zip(updates, aggregation.received_pairs(updates, path), strict=True):
+                shares = _norm_shares(updates, a_name, shares)
+            before = aggregation.previous_pair(updates, a_name, previous)
+            for update, pair in zip(updates, aggregation.received_pairs(updates, a_name), strict=True):
                 if pair.rank > before.rank:
                     raise AggregationError(
-                        f"{update.client}: {path!r} has rank {pair.rank}, above the global rank {before.rank}"
+                        f"{update.client}: {a_name!r} has rank {pair.rank}, above the global rank {before.rank}"
                     )
-            pairs = aggregation.received_pairs(updates, path)
-            tensors |= aggregation.named(path, factors.padded_mean(pairs, shares, before))
+            pairs = aggregation.received_pairs(updates, a_name)
+            tensors |= aggregation.named(a_name, factors.padded_mean(pairs, shares, before))
         return dict(sorted(tensors.items()))
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
@@ -148,9 +148,9 @@ class HetLora(Method):
         return max(min(lowest, rank), math.floor(pruning * rank + 1e-9))
 
 
-def _norm_shares(updates: Sequence[Update], path: str, data_shares: Tensor) -> Tensor:
+def _norm_shares(updates: Sequence[Update], a_name: str, data_shares: Tensor) -> Tensor:
     """Return ||B_c A_c||_F / sum, (C,) or (C, E): 0 for experts nobody used, data-size shares where all norms are 0."""
-    norms = torch.stack([factors.update_norm(pair) for pair in aggregation.received_pairs(updates, path)])
+    norms = torch.stack([factors.update_norm(pair) for pair in aggregation.received_pairs(updates, a_name)])
     norms = norms * (data_shares.sum(dim=0) > 0)
     total = norms.sum(dim=0)
     return torch.where(total > 0, norms / torch.where(total > 0, total, 1.0), data_shares)
