@@ -38,7 +38,7 @@ format: $(STAMP) ## format and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## benchmarks: routed LoRA against PEFT; memory with 8 and 64 clients (about half an hour)
+bench: $(STAMP) ## benchmarks: routed LoRA against PEFT; aggregation against copies and SVD; memory (about 40 minutes)
 	$(BIN)/python -m benchmarks
 
 pretrain: $(STAMP) ## make the built-in model again (about ten minutes on one core)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emberfed import aggregation
-from emberfed.aggregation import FREQUENCIES, Frequency
+from emberfed.aggregation import FREQUENCIES, Frequency, Update, Weights, lora_factor
 
 
 def slow_weights(
@@ -161,3 +161,52 @@ def test_means_refuse_nothing_and_uneven_input() -> None:
         aggregation.mean([], torch.tensor([]))
     with pytest.raises(ValueError, match="zip"):
         aggregation.mean([torch.ones(2)], torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "partner"),
+    [
+        ("layers.0.q.lora_A", "layers.0.q.lora_B"),
+        ("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"),
+        ("q.lora_A.default.weight", "q.lora_B.default.weight"),
+        ("q.lora_A.my-adapter.weight", "q.lora_B.my-adapter.weight"),
+        ("q.lora_A.v1.2.weight", "q.lora_B.v1.2.weight"),
+        ("embed.lora_embedding_A", "embed.lora_embedding_B"),
+        ("embed.lora_embedding_A.default", "embed.lora_embedding_B.default"),
+        ("lora_A", "lora_B"),
+        ("outer.lora_A.inner.lora_B.x.lora_A", "outer.lora_A.inner.lora_B.x.lora_B"),
+    ],
+)
+def test_factors_are_told_by_name_and_have_one_partner(name: str, partner: str) -> None:
+    assert lora_factor(name) == ("A", partner)
+    assert lora_factor(partner) == ("B", name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "q.lora_B.bias",
+        "q.lora_B.default.bias",
+        "q.lora_magnitude_vector",
+        "q.weight",
+        "q.lora_AB",
+        "xlora_A",
+        "lora",
+        "",
+    ],
+)
+def test_other_tensors_are_no_factors(name: str) -> None:
+    assert lora_factor(name) is None
+
+
+def test_an_expert_nobody_used_is_kept_or_averaged() -> None:
+    """Two clients of equal size; expert 0 is used by both, expert 1 by nobody."""
+    updates = [Update(client, {}, 5, activations={"layers.0": torch.tensor([3, 0])}) for client in ("a", "b")]
+    kept, averaged = Weights(updates), Weights(updates, unused="average")
+    assert kept.of("layers.0.up").tolist() == [[0.5, 0.0], [0.5, 0.0]]
+    assert averaged.of("layers.0.up").tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert kept.of("layers.00.up").tolist() == kept.of("elsewhere").tolist() == [0.5, 0.5]
+    used = kept.used("layers.0.up")
+    assert used is not None
+    assert used.tolist() == [True, False]
+    assert kept.used("elsewhere") is None

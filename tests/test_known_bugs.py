@@ -1,4 +1,4 @@
-"""Bugs found in public code of these methods: each test computes by hand what is right, and shows what the bug gives."""
+"""Bugs of public code of these methods: each test computes by hand what is right, and shows what the bug gives."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def test_flexlora_keeps_its_singular_values() -> None:
 
     def buggy(power: float) -> Tensor:
         u, s, vh = torch.linalg.svd(effect(client))
-        return u * s**power @ vh
+        product: Tensor = u * s**power @ vh
+        return product
 
     found = aggregated(client, examples=(1,), method="flexlora")
     torch.testing.assert_close(effect(found), expected)
@@ -191,8 +192,9 @@ def test_hetlora_weighs_by_the_norms_of_the_products() -> None:
 def test_hetlora_weighs_ranks_by_what_they_add_to_the_weight() -> None:
     """Norms of B A without 1 / r would favour large ranks.
 
-    Rank 1: B A = diag(1, 0), norm 1. Rank 2: 1/2 * diag(1, 1), norm sqrt(2) / 2 = 1 / sqrt(2), where the bug has sqrt(2).
-    The first weighs 1 / (1 + 1/sqrt(2)) = 0.5858, in the bug 1 / (1 + sqrt(2)) = 0.4142. B[0, 0] = 2 w + (1 - w) = 1 + w.
+    Rank 1: B A = diag(1, 0), norm 1. Rank 2: 1/2 * diag(1, 1), norm 1 / sqrt(2); the bug has sqrt(2).
+    The first weighs w = 1 / (1 + 1/sqrt(2)) = 0.5858, in the bug 1 / (1 + sqrt(2)) = 0.4142.
+    B[0, 0] = 2 w + (1 - w) = 1 + w, since B of rank 1 counts twice when padded to rank 2; A[1, 1] = 1 - w.
     """
     root = 2.0**0.5
     a, b = aggregated(*TWO_RANKS, examples=(5, 5), method="hetlora")
@@ -245,8 +247,17 @@ def test_rank_1_is_not_broadcast_against_rank_4() -> None:
         return 0.5 * one + 0.5 * four
 
     assert torch.equal(buggy(), matrix([5.5, 10.5], [6.0, 11.0], [6.5, 11.5], [7.0, 12.0]))
-    clients = [(four, torch.ones(2, 4)), (one, torch.ones(2, 1))]
+    updates = [
+        Update(
+            client,
+            {f"{PATH}.lora_A": a, f"{PATH}.lora_B": torch.ones(2, a.shape[0])},
+            examples=1,
+            tokens=8,
+            top_k=1,
+            activations={"model.layers.0.mlp.experts": torch.tensor([3, 5])},
+        )
+        for client, a in (("c0", four), ("c1", one))
+    ]
     for method in ("homolora", "a3smoe", "flame"):
-        options = {} if method == "homolora" else {"temperature": 0.0}
         with pytest.raises(AggregationError, match=rf"c1: '{PATH}\.lora_A' has shape \(1, 2\), c0 sent \(4, 2\)"):
-            aggregated(*clients, examples=(1, 1), method=method, **options)
+            emberfed.aggregate(updates, method=method)

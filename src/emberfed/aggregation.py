@@ -171,6 +171,16 @@ def _expert_shares(updates: Sequence[Update], shares_C: Tensor, rule: Activation
                 f"{update.client}: activation-aware weights need activations, tokens and top_k; give them, or weigh by "
                 f"data"
             )
+        if (update.tokens or 0) < 0 or (update.top_k is not None and update.top_k < 1):
+            raise AggregationError(
+                f"{update.client}: tokens must be at least 0 and top_k at least 1, found {update.tokens} and "
+                f"{update.top_k}"
+            )
+        for prefix, counts_E in update.activations.items():
+            if not bool((torch.isfinite(counts_E) & (counts_E >= 0)).all()):
+                raise AggregationError(
+                    f"{update.client}: activations of {prefix!r} must be counts, found {counts_E.tolist()}"
+                )
     shares = {}
     for prefix in prefixes:
         sizes = {tuple(update.activations[prefix].shape) for update in updates}
@@ -399,8 +409,9 @@ def mean(tensors: Iterable[Tensor], weights_C: Tensor) -> Tensor:
     dtype = torch.float32
     for tensor, weight in zip(tensors, weights_C.tolist(), strict=True):
         if total is None:
-            total, dtype = torch.zeros_like(tensor, dtype=torch.float32), tensor.dtype
-        total.add_(tensor.to(torch.float32), alpha=weight)
+            total, dtype = tensor.to(torch.float32) * weight, tensor.dtype
+        else:
+            total.add_(tensor.to(torch.float32), alpha=weight)
     if total is None:
         raise ValueError("nothing to average: no tensors were given")
     return total.to(dtype)
@@ -416,5 +427,6 @@ def mean_per_expert(previous: Tensor, tensors: Iterable[Tensor], weights_CE: Ten
     wide = (-1, *[1] * (previous.dim() - 1))
     for tensor, weights_E in zip(tensors, weights_CE.unbind(), strict=True):
         total.addcmul_(tensor.to(torch.float32), weights_E.view(wide).to(total.device))
-    used_E = (weights_CE > 0).any(dim=0).view(wide)
-    return torch.where(used_E, total.to(previous.dtype), previous)
+    total, unused_E = total.to(previous.dtype), ~(weights_CE > 0).any(dim=0)
+    total[unused_E] = previous[unused_E]
+    return total

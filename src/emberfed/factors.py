@@ -60,11 +60,11 @@ def padded_mean(pairs: Iterable[Pair], weights: Tensor, previous: Pair) -> Pair:
         a[..., : pair.rank, :].addcmul_(pair.a.to(torch.float32), wide)
         b[..., : pair.rank].addcmul_(pair.b.to(torch.float32), wide * (previous.rank / pair.rank))
         reached = reached.maximum((shares > 0) * pair.rank)
-    trained = torch.arange(previous.rank) < reached[..., None]
-    return Pair(
-        torch.where(trained[..., :, None], a.to(previous.a.dtype), previous.a),
-        torch.where(trained[..., None, :], b.to(previous.b.dtype), previous.b),
-    )
+    a, b = a.to(previous.a.dtype), b.to(previous.b.dtype)
+    untrained = (torch.arange(previous.rank) >= reached[..., None]).expand(a.shape[:-1])
+    a[untrained] = previous.a[untrained]
+    b.mT[untrained] = previous.b.mT[untrained]
+    return Pair(a, b)
 
 
 def principal(pairs: Sequence[Pair], weights: Tensor, previous: Pair) -> Pair:
@@ -82,17 +82,39 @@ def principal(pairs: Sequence[Pair], weights: Tensor, previous: Pair) -> Pair:
         previous: What the clients' pairs were cut from.
     """
     stack = stacked([Pair(pair.a.to(torch.float32), pair.b.to(torch.float32)) for pair in pairs], weights)
-    left, core_b = torch.linalg.qr(stack.b)
-    right, core_a = torch.linalg.qr(stack.a.mT)
-    u, s, vh = torch.linalg.svd(core_b @ core_a.mT, full_matrices=False)
+    left, right = _Qr.of(stack.b), _Qr.of(stack.a.mT)
+    u, s, vh = torch.linalg.svd(left.r @ right.r.mT, full_matrices=False)
     kept = min(previous.rank, s.shape[-1])
     a, b = previous.a.to(torch.float32, copy=True), torch.zeros_like(previous.b, dtype=torch.float32)
-    a[..., :kept, :] = vh[..., :kept, :] @ right.mT
-    b[..., :kept] = left @ (u[..., :kept] * s[..., None, :kept]) * previous.rank
+    a[..., :kept, :] = right.q_times(vh[..., :kept, :].mT).mT
+    b[..., :kept] = left.q_times(u[..., :kept] * s[..., None, :kept]) * previous.rank
     used = (weights > 0).any(dim=0)[..., None, None]
     return Pair(
         torch.where(used, a.to(previous.a.dtype), previous.a), torch.where(used, b.to(previous.b.dtype), previous.b)
     )
+
+
+class _Qr(NamedTuple):
+    """A QR decomposition whose Q (m, k) stays reflectors: to multiply a few columns is cheaper than to form it."""
+
+    reflectors: Tensor
+    tau: Tensor
+
+    @staticmethod
+    def of(matrix: Tensor) -> _Qr:
+        """Decompose (..., m, n); k = min(m, n)."""
+        return _Qr(*torch.geqrf(matrix))
+
+    @property
+    def r(self) -> Tensor:
+        """R (..., k, n)."""
+        return self.reflectors[..., : self.tau.shape[-1], :].triu()
+
+    def q_times(self, right: Tensor) -> Tensor:
+        """Return Q times a matrix (..., k, columns)."""
+        rows, k = self.reflectors.shape[-2], self.tau.shape[-1]
+        below = (0, 0, 0, rows - k)
+        return torch.ormqr(self.reflectors[..., :k], self.tau, torch.nn.functional.pad(right, below))
 
 
 def stacked(pairs: Sequence[Pair], weights: Tensor) -> Pair:
@@ -100,8 +122,10 @@ def stacked(pairs: Sequence[Pair], weights: Tensor) -> Pair:
 
     The product carries no scale of its own: it is to be attached with alpha times its rank.
     """
-    scaled = [
-        (pair.a.to(torch.float32) * (shares[..., None, None] / pair.rank)).to(pair.a.dtype)
-        for pair, shares in zip(pairs, weights.to(torch.float32).unbind(), strict=True)
-    ]
-    return Pair(torch.cat(scaled, dim=-2), torch.cat([pair.b for pair in pairs], dim=-1))
+    ranks = [pair.rank for pair in pairs]
+    *stack, _, inputs = pairs[0].a.shape
+    a = pairs[0].a.new_empty(*stack, sum(ranks), inputs)
+    parts = a.split_with_sizes(ranks, dim=-2)
+    for part, pair, shares in zip(parts, pairs, weights.to(torch.float32).unbind(), strict=True):
+        part.copy_(pair.a).mul_(shares[..., None, None] / pair.rank)
+    return Pair(a, torch.cat([pair.b for pair in pairs], dim=-1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -143,6 +143,12 @@ def aggregate(
     if twice:
         raise AggregationError(f"client {twice[0]!r} has two updates; give one for each client")
     for update in ordered:
+        idle = sorted(prefix for prefix in update.activations if not any(map(_begins(prefix), update.tensors)))
+        if idle:
+            raise AggregationError(
+                f"{update.client}: no tensor's name begins with {idle[0]!r}, whose activations were given; the keys of "
+                f"activations are the first parts of stacked tensors' names"
+            )
         for name in sorted(update.tensors):
             tensor = update.tensors[name]
             if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
@@ -152,4 +158,9 @@ def aggregate(
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise AggregationError(f"{update.client}: {name!r} holds numbers that are not finite; leave it out")
-    return chosen.combine(ordered, config, previous)
+    with torch.no_grad():
+        return chosen.combine(ordered, config, previous)
+
+
+def _begins(prefix: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(f"{prefix.removesuffix('.')}.")

@@ -114,8 +114,9 @@ class Flora(Method):
     ) -> dict[str, Tensor]:
         """Return the stack, of rank sum r_c; attached with alpha / rank it is the mean of the products."""
         stack = _stack(updates, config, previous)
-        a_names, _ = aggregation.lora_paths(updates)
-        return {**stack, **{a_name: stack[a_name] * stack[a_name].shape[-2] for a_name in a_names}}
+        for a_name in aggregation.lora_paths(updates)[0]:
+            stack[a_name].mul_(stack[a_name].shape[-2])  # a tensor of its own, made just now
+        return stack
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Append the round's stack, and remember who has merged what was there before."""

@@ -151,6 +151,8 @@ class HetLora(Method):
 def _norm_shares(updates: Sequence[Update], a_name: str, data_shares: Tensor) -> Tensor:
     """Return ||B_c A_c||_F / sum, (C,) or (C, E): 0 for experts nobody used, data-size shares where all norms are 0."""
     norms = torch.stack([factors.update_norm(pair) for pair in aggregation.received_pairs(updates, a_name)])
+    # Experts whose use is not known have one share per client, for all of them.
+    data_shares = data_shares.reshape(*data_shares.shape, *[1] * (norms.dim() - data_shares.dim()))
     norms = norms * (data_shares.sum(dim=0) > 0)
     total = norms.sum(dim=0)
     return torch.where(total > 0, norms / torch.where(total > 0, total, 1.0), data_shares)
