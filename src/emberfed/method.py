@@ -143,12 +143,6 @@ def aggregate(
     if twice:
         raise AggregationError(f"client {twice[0]!r} has two updates; give one for each client")
     for update in ordered:
-        idle = sorted(prefix for prefix in update.activations if not any(map(_begins(prefix), update.tensors)))
-        if idle:
-            raise AggregationError(
-                f"{update.client}: no tensor's name begins with {idle[0]!r}, whose activations were given; the keys of "
-                f"activations are the first parts of stacked tensors' names"
-            )
         for name in sorted(update.tensors):
             tensor = update.tensors[name]
             if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
@@ -158,8 +152,20 @@ def aggregate(
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise AggregationError(f"{update.client}: {name!r} holds numbers that are not finite; leave it out")
+        idle = sorted(prefix for prefix in update.activations if not any(map(_begins(prefix), update.tensors)))
+        uncounted = [name for name, tensor in sorted(update.tensors.items()) if _is_uncounted(name, tensor, update)]
+        if idle and uncounted:
+            raise AggregationError(
+                f"{update.client}: activations of {idle[0]!r} were given, with which no tensor's name begins, and none "
+                f"of {uncounted[0]!r}; the keys of activations are the first parts of stacked tensors' names"
+            )
     with torch.no_grad():
         return chosen.combine(ordered, config, previous)
+
+
+def _is_uncounted(name: str, tensor: Tensor, update: Update) -> bool:
+    """Tell whether a tensor looks stacked over experts whose use is not known."""
+    return tensor.dim() >= 3 and not any(_begins(prefix)(name) for prefix in update.activations)
 
 
 def _begins(prefix: str) -> Callable[[str], bool]:
