@@ -137,3 +137,14 @@ def test_missing_keys_and_wrong_sections() -> None:
         validate(Strict, {}, "here")
     with pytest.raises(ConfigError, match="here: expected a section with keys, found 3"):
         validate(Strict, 3, "here")
+
+
+def test_a_value_where_a_section_belongs() -> None:
+    class Inner(Section):
+        size: int = 1
+
+    class Outer(Section):
+        inner: Inner = Inner()
+
+    with pytest.raises(ConfigError, match=r"^'method.inner': expected a section with keys, found 'fedadam'$"):
+        validate(Outer, {"inner": "fedadam"}, "method")

@@ -154,6 +154,8 @@ def _explain(section: type[BaseModel], problem: Mapping[str, Any], where: str) -
         return f"{key!r} is missing; give it a value"
     if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _explain_tag(key, problem)
+    if problem["type"] == "model_type":
+        return f"{key!r}: expected a section with keys, found {problem['input']!r}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if isinstance(problem["input"], Mapping) and problem["type"] == "value_error":
         return f"{key!r}: {message}"  # keys of a section that contradict each other; the message names them
