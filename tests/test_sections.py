@@ -119,7 +119,7 @@ def test_bad_overrides(assignment: str, words: str) -> None:
         ({"inner": {"steps": "three"}}, "'inner.steps': input should be a valid integer"),
         ({"inner": {"learning_rate": float("nan")}}, "'inner.learning_rate': input should be a finite number"),
         ({"inner": {"steps": True}}, "'inner': steps must not be true"),
-        ({"inner": 3}, "'inner': input should be a valid dictionary or instance of Inner, found 3"),
+        ({"inner": 3}, "'inner': expected a section with keys, found 3"),
     ],
 )
 def test_problems_are_named_with_a_way_out(values: dict[str, Any], words: str) -> None:
