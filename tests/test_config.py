@@ -136,3 +136,8 @@ def _larger_tokenizer(folder: Path) -> Path:
     tokenizer.add_tokens(["one-too-many"])
     tokenizer.save_pretrained(folder / "larger")
     return folder / "larger"
+
+
+def test_an_arena_is_not_a_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"^this is an arena, a grid of runs: give it to `emberfed compare`$"):
+        parse({"base": "quickstart", "methods": {"A": {}}})

@@ -15,11 +15,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from builders import save_tiny_family
+from federations import config as federation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import colormaps, image
 from run_folder_example import CATEGORIES, TIERS, read_lines, write_json, write_lines, write_run
 
+import emberfed
 from emberfed.errors import RunFolderError, StorageError
 from emberfed.report import numbers, write_report
 from emberfed.report.markup import Html, tag
@@ -548,3 +551,20 @@ def test_picture_refuses_what_it_cannot_draw(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="has no evaluation to draw yet"):
         write_picture(folder, tmp_path / "picture.png")
     assert list(tmp_path.glob("picture*")) == []
+
+
+def test_a_dense_models_run_is_whole(tmp_path: Path, tiny_data: Path) -> None:
+    """A dense model counts no activations: null there is not damage, and costs are still told."""
+    tiers = [{"name": "all", "share": 1.0, "top_k": 1, "rank": 2}]
+    values = federation(
+        save_tiny_family("llama", tmp_path / "model"),
+        tiny_data,
+        method={"name": "flexlora"},
+        clients={"tiers": tiers},
+        training={"rounds": 1},
+        evaluation={"max_examples": 2},
+    )
+    run = emberfed.run(values, output=tmp_path / "run")
+    page = (run.path / "report.html").read_text()
+    assert "damaged" not in page
+    assert "No client has reported" not in page

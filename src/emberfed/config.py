@@ -111,6 +111,8 @@ def quickstart_path() -> Path:
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
     """Check plain values. Raises: ConfigError naming each bad key, the closest allowed one, and what to do."""
+    if "methods" in values:
+        raise ConfigError("this is an arena, a grid of runs: give it to `emberfed compare`")
     sections = validate(_Sections, values, "")
     _check_evaluated(sections.evaluation, sections.clients)
     method_name, method_values = _named(sections.method, "method")

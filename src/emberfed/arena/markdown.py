@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
-from emberfed.arena.results import LOSS, ROUGE_L, Comparison, Contest, Metric, Place
+from emberfed.arena.results import LOSS, ROUGE_L, Comparison, Contest, Metric, Place, TierResult
 from emberfed.arena.statistics import LEVEL, Spread, least_difference
 from emberfed.report import numbers
 
@@ -98,6 +99,24 @@ def _marked(contest: Contest, name: str, comparison: Comparison) -> str:
 
 def footnotes(comparison: Comparison) -> list[str]:
     """Return what has to be known to read the tables, a paragraph each."""
+    return [*_before(comparison), *_what_marks_mean(comparison)]
+
+
+def _before(comparison: Comparison) -> list[str]:
+    """Say what quality was before any training, on average over the runs."""
+    found: dict[tuple[int, str], list[TierResult]] = {}
+    for one in comparison.cells:
+        for tier in one.tiers:
+            found.setdefault((tier.top_k, tier.tier), []).append(tier)
+    told = [
+        f"{budget(name, top_k)} {numbers.score(fmean(tier.rouge_l_before for tier in tiers))} and "
+        f"{numbers.score(fmean(tier.loss_before for tier in tiers))}"
+        for (top_k, name), tiers in sorted(found.items())
+    ]
+    return [f"Before training, ROUGE-L and loss, mean over the runs: {'; '.join(told)}."] if told else []
+
+
+def _what_marks_mean(comparison: Comparison) -> list[str]:
     n = comparison.most_seeds
     what = "Mean over seeds ± standard deviation (of the sample). " if len(comparison.grid.seeds) > 1 else ""
     if len(comparison.contestants) < 2:
@@ -119,7 +138,9 @@ def costs_note() -> str:
     """Return what the costs are costs of."""
     return (
         "What one client takes for one round of training, on average over its tier's clients, rounds and seeds; peak "
-        "memory is the largest of the tier, of the whole process."
+        "memory is the largest of the tier, of the whole process. K is what a tier is evaluated with: methods whose "
+        "`active_experts` is `native` (the default of the LoRA baselines) train every tier at the checkpoint's own K. "
+        "FLoRA receives a stack that grows from round to round, and only from the second on."
     )
 
 

@@ -213,7 +213,10 @@ def _reading(path: str, what: str) -> Iterator[None]:
     except ModelError as error:
         raise ModelError(f"{what} {path}: {error}") from None
     except Exception as error:  # whatever libraries raise over files that are not what they should be
-        raise ModelError(f"{what} {path} cannot be loaded: {_reason(error)}") from error
+        missing = "" if Path(path).is_dir() else f"there is no folder {path} here, and as a hub id it "
+        raise ModelError(
+            f"{what} {path} cannot be loaded: {missing}{'failed: ' if missing else ''}{_reason(error)}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -93,7 +93,7 @@ class ClientRound(_Record):
     steps: Number = math.nan
     flops: Number = math.nan
     share_of_experts_touched: Number = math.nan
-    activation_counts: tuple[tuple[Number, ...], ...] = ()
+    activation_counts: Annotated[tuple[tuple[Number, ...], ...], BeforeValidator(lambda value: value or ())] = ()
 
 
 @final
