@@ -52,19 +52,33 @@ def payload_problem(payload: Payload, asked: Asked) -> str | None:
     )
 
 
+_LARGEST_COUNT = 2**53
+"""Whole numbers above it are not all exact as float64, in which weights are formed."""
+
+_LARGEST_FIGURE = 1e30
+"""Sums of reported figures must stay finite, or a round could not be written down."""
+
+
+def _short(value: Json) -> str:
+    """Return a value as it came, but not pages of it."""
+    text = f"a number of {value.bit_length()} bits" if type(value) is int and abs(value) > 2**64 else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def _meta_problem(meta: Mapping[str, Json], asked: Asked) -> str | None:
     for key in ("examples", "tokens"):
         value = meta.get(key)
-        if type(value) is not int or value < 1:
-            return f"{key!r} must be a whole number of at least 1, found {value!r}"
+        if type(value) is not int or not 1 <= value <= _LARGEST_COUNT:
+            return f"{key!r} must be a whole number from 1 to {_LARGEST_COUNT}, found {_short(value)}"
     if meta.get("top_k") != asked.top_k:
         return f"'top_k' is {meta.get('top_k')!r}, the client was given {asked.top_k}"
     stats = meta.get("stats")
     if not isinstance(stats, dict):
         return f"'stats' must be a mapping, found {stats!r}"
     for key in ("loss_mean", "flops"):
-        if type(stats.get(key)) not in (int, float):
-            return f"'stats.{key}' must be a number, found {stats.get(key)!r}"
+        value = stats.get(key)
+        if type(value) not in (int, float) or not abs(value) < _LARGEST_FIGURE:
+            return f"'stats.{key}' must be a number below {_LARGEST_FIGURE:g}, found {_short(value)}"
     return None
 
 
