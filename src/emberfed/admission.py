@@ -76,9 +76,9 @@ def _meta_problem(meta: Mapping[str, Json], asked: Asked) -> str | None:
     if not isinstance(stats, dict):
         return f"'stats' must be a mapping, found {stats!r}"
     for key in ("loss_mean", "flops"):
-        value = stats.get(key)
-        if type(value) not in (int, float) or not abs(value) < _LARGEST_FIGURE:
-            return f"'stats.{key}' must be a number below {_LARGEST_FIGURE:g}, found {_short(value)}"
+        figure: Json = stats.get(key)
+        if type(figure) not in (int, float) or not abs(figure) < _LARGEST_FIGURE:
+            return f"'stats.{key}' must be a number below {_LARGEST_FIGURE:g}, found {_short(figure)}"
     return None
 
 
