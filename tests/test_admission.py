@@ -41,6 +41,7 @@ def test_a_good_upload_is_admitted() -> None:
         (payload({"a": torch.full((2, 3), torch.inf)}), "tensor 'a': 6 of 6 values are not finite"),
         (payload({"b": torch.zeros(2, 5)}), r"tensor 'b': shape \(2, 5\), expected \(2, 1 to 4\)"),
         (payload({"b": torch.zeros(2, 0)}), "tensor 'b': shape"),
+        (payload({"a": torch.full((2, 3), -3e38)}), "tensor 'a': values above 1e.15, too large to be aggregated"),
         (payload({"a": torch.ones(2, 3).half()}), "tensor 'a': dtype torch.float16"),
         (payload({"counts": torch.tensor([0, -1])}), "tensor 'counts': negative"),
         (payload({"x": torch.ones(1), "y": torch.ones(1)}), "foreign tensor 'x' and 1 more"),

@@ -390,3 +390,9 @@ def test_the_result_carries_no_graph() -> None:
     tensors = {"x.lora_A": torch.ones(1, 2, requires_grad=True), "x.lora_B": torch.ones(2, 1, requires_grad=True)}
     found = emberfed.aggregate([Update("c0", tensors, 1), Update("c1", tensors, 1)], method="flexlora")
     assert not any(tensor.requires_grad for tensor in found.values())
+
+
+def test_numbers_whose_products_overflow_are_refused() -> None:
+    tensors = {"x.lora_A": torch.full((1, 2), 3e38), "x.lora_B": torch.ones(2, 1)}
+    with pytest.raises(AggregationError, match=r"c0: 'x.lora_A' holds numbers above 1e\+15, too large"):
+        emberfed.aggregate([Update("c0", tensors, 1)], method="flexlora")

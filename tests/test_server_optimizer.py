@@ -217,3 +217,9 @@ def test_tensors_that_do_not_match_are_refused() -> None:
     stale = {**memory, f"optimizer.first.{DENSE}": torch.zeros(6)}
     with pytest.raises(AggregationError, match=r"the memory of 'optimizer.first.*lora_B' has shape \(6,\)"):
         step(how, before, mean, stale, {})
+
+
+@pytest.mark.parametrize("tau", [1e-50, 1e20])
+def test_a_tau_whose_square_float32_cannot_hold_is_refused(tau: float) -> None:
+    with pytest.raises(ValidationError, match="tau"):
+        ServerOptimizerConfig(name="fedadam", tau=tau)

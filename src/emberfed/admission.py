@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 
+from emberfed.aggregation import LARGEST_VALUE
 from emberfed.errors import EmberfedError, closest
 from emberfed.records import ACTIVATION_COUNTS, Bundle, Json, Payload, Reply, TensorSpec
 
@@ -100,6 +101,8 @@ def _tensor_problem(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, Ten
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             return f"tensor {name!r}: {bad} of {tensor.numel()} values are not finite"
+        if tensor.is_floating_point() and bool((tensor.abs() > LARGEST_VALUE).any()):
+            return f"tensor {name!r}: values above {LARGEST_VALUE:g}, too large to be aggregated"
         if not tensor.is_floating_point() and bool((tensor < 0).any()):
             return f"tensor {name!r}: negative counts"
     return None

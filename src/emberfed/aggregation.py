@@ -25,6 +25,9 @@ Frequency = Literal["per_token", "per_activation", "per_activation_over_k"]
 
 FREQUENCIES: tuple[Frequency, ...] = get_args(Frequency)
 
+LARGEST_VALUE = 1e15
+"""Of a tensor that is to be aggregated: products of larger ones would overflow in float32."""
+
 Unused = Literal["keep", "average"]
 """What becomes of an expert that no client used."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emberfed import plugins
-from emberfed.aggregation import Update
+from emberfed.aggregation import LARGEST_VALUE, Update
 from emberfed.clients import Budget, Client
 from emberfed.data.tokenise import Shard
 from emberfed.errors import AggregationError, ConfigError
@@ -152,6 +152,11 @@ def aggregate(
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise AggregationError(f"{update.client}: {name!r} holds numbers that are not finite; leave it out")
+            if bool((tensor.abs() > LARGEST_VALUE).any()):
+                raise AggregationError(
+                    f"{update.client}: {name!r} holds numbers above {LARGEST_VALUE:g}, too large to be aggregated; "
+                    f"leave it out"
+                )
         idle = sorted(prefix for prefix in update.activations if not any(map(_begins(prefix), update.tensors)))
         uncounted = [name for name, tensor in sorted(update.tensors.items()) if _is_uncounted(name, tensor, update)]
         if idle and uncounted:

@@ -60,7 +60,7 @@ class ServerOptimizerConfig(Section):
     learning_rate: float | None = Field(None, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     beta_2: float = Field(0.99, ge=0, lt=1)
-    tau: float = Field(1e-3, gt=0)
+    tau: float = Field(1e-3, ge=1e-10, le=1e6)
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> ServerOptimizerConfig:
