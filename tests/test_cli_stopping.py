@@ -114,6 +114,21 @@ def test_a_closed_standard_error_does_not_fail_clients(
     assert (path / "report.html").is_file()
 
 
+def test_interrupted_while_a_library_runs_source(tmp_path: Path) -> None:
+    """CPython ends by SIGINT when KeyboardInterrupt itself once left an `exec` of source; ours must not (code 130)."""
+    (tmp_path / "interrupted.py").write_text(
+        "from emberfed.cli.stopping import Stop\n"
+        "try:\n"
+        "    with Stop().on_signals():\n"
+        "        exec('import signal; signal.raise_signal(signal.SIGINT)')\n"
+        "except KeyboardInterrupt:\n"
+        "    raise SystemExit(130)\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_an_interruption_that_a_library_turned_into_an_error_is_still_one() -> None:
     def library() -> None:
         try:

@@ -17,6 +17,15 @@ E = TypeVar("E")
 
 
 @final
+class _Asked(KeyboardInterrupt):
+    """What a signal raises.
+
+    Where exactly KeyboardInterrupt leaves an `exec` of source (every dataclass is made by one), CPython 3.11 kills the
+    process by SIGINT at its end, however the exception was handled; a subclass does not.
+    """
+
+
+@final
 class Stop:
     """Remembers that the user asked to stop.
 
@@ -33,7 +42,7 @@ class Stop:
 
         def hear(event: E) -> None:
             if self._asked:
-                raise KeyboardInterrupt
+                raise _Asked
             listen(event)
 
         return hear
@@ -47,7 +56,7 @@ class Stop:
             yield
         except Exception as error:
             if self._asked:  # a library made an error of its own of the interruption
-                raise KeyboardInterrupt from error
+                raise _Asked from error
             raise
         finally:
             for number, handler in before.items():
@@ -57,7 +66,7 @@ class Stop:
         self._asked = True
         for other in _SIGNALS:
             signal.signal(other, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        raise _Asked
 
 
 @contextmanager
