@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 COMPLETE := src/emberfed/methods/*,src/emberfed/aggregation.py,src/emberfed/records.py,src/emberfed/admission.py,src/emberfed/checkpoint.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench pretrain pretrain-dense clean
+.PHONY: help install run test check format bench pretrain pretrain-dense pretrain-vision clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -38,7 +38,7 @@ format: $(STAMP) ## format and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## benchmarks: routed LoRA against PEFT; aggregation against copies and SVD; memory (about 40 minutes)
+bench: $(STAMP) ## benchmarks: routed LoRA against PEFT; the sparse adapter against dense ones; aggregation against copies and SVD; memory (about 40 minutes)
 	$(BIN)/python -m benchmarks
 
 pretrain: $(STAMP) ## make the built-in model again (about ten minutes on one core)
@@ -46,6 +46,9 @@ pretrain: $(STAMP) ## make the built-in model again (about ten minutes on one co
 
 pretrain-dense: $(STAMP) ## make a small dense LLaMA on the built-in text (about six minutes on one free core)
 	$(BIN)/python -m emberfed.builtin.pretrain --dense --output models/world-llama
+
+pretrain-vision: $(STAMP) ## make the built-in vision model again (five to fifteen minutes on one core)
+	$(BIN)/python -m emberfed.builtin.pretrain_vision --output build/vision_model
 
 clean: ## remove the environment and what tools left behind
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

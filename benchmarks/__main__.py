@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import aggregation, clients_memory, routed_lora
+from benchmarks import aggregation, clients_memory, routed_lora, sparse_adapter
 
 if __name__ == "__main__":
     routed_lora.main()
+    sparse_adapter.main()
     clients_memory.main()
     aggregation.main()

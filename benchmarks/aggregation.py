@@ -164,12 +164,12 @@ def _flexlora() -> Iterator[dict[str, Any]]:
 
 
 def _memory(folder: str, rule: str, clients: str) -> Iterator[dict[str, Any]]:
-    from emberfed import federated_lora
+    from emberfed import federated
     from emberfed.method import load_method
     from emberfed.records import Payload
 
     uploads = [Payload.open(file) for file in sorted(Path(folder).iterdir())[: int(clients)]]
-    updates = federated_lora.updates_of(uploads, {"sparse_layers": [0], "num_experts": MEMORY_EXPERTS})
+    updates = federated.updates_of(uploads, {"sparse_layers": [0], "num_experts": MEMORY_EXPERTS})
     name, options = RULES[rule]
     method = load_method(name)
     previous = _tensors(RANK, MEMORY_EXPERTS)

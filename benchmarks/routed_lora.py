@@ -12,16 +12,16 @@ Writes `benchmarks/results/routed_lora.json` and `routed_lora.png`.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measuring import Run, cpu_seconds, extra_peak_bytes
 
 RESULT = Path(__file__).parent / "results" / "routed_lora.json"
 PICTURE = RESULT.with_suffix(".png")
@@ -32,7 +32,6 @@ SMALL = {"hidden_size": 192, "intermediate_size": 96, "num_hidden_layers": 4, "n
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 16, 160, 4096
 REPEATS = {"peft": 2}
 DEFAULT_REPEATS = 5
-Run = Callable[[], None]
 
 
 def main() -> None:
@@ -70,30 +69,10 @@ def measure(what: str) -> None:
         for repeat in range(DEFAULT_REPEATS if what == "cpu_seconds" else 1):
             for name, run in runs.items():
                 if repeat < REPEATS.get(name, DEFAULT_REPEATS):
-                    found[name].append(_cpu_seconds(run) if what == "cpu_seconds" else _extra_peak_bytes(run))
+                    found[name].append(cpu_seconds(run) if what == "cpu_seconds" else extra_peak_bytes(run))
         for name, values in found.items():
             row = {"scope": scope, "tokens": tokens, "top_k": top_k, "implementation": name, what: min(values)}
             print(json.dumps(row), flush=True)
-
-
-def _cpu_seconds(run: Run) -> float:
-    started = time.process_time()
-    run()
-    return time.process_time() - started
-
-
-def _extra_peak_bytes(run: Run) -> float:
-    """Return by how much resident memory rose at most."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def _cases() -> Iterator[tuple[str, int, int, Mapping[str, Run]]]:
@@ -260,7 +239,7 @@ def _client_round(top_k: int) -> Run:
     import numpy as np
     import torch
 
-    from emberfed.data.tokenise import Example, Shard, ShardReport
+    from emberfed.data.tokenise import Example, ResponseShard, ShardReport
     from emberfed.models import lora
     from emberfed.models.foundation_model import FoundationModel
     from emberfed.seeds import Seeds
@@ -272,7 +251,7 @@ def _client_round(top_k: int) -> Run:
     ids = torch.randint(1, VOCABULARY, (STEPS * BATCH, LENGTH), generator=generator).numpy().astype(np.int32)
     half = LENGTH // 2
     report = ShardReport(len(ids), len(ids) * half, 0, 0, 0)
-    shard = Shard(tuple(Example(row, half, "", "") for row in ids), report, 0)
+    shard = ResponseShard(tuple(Example(row, half, "", "") for row in ids), report, 0)
     trainer = Trainer(TrainingConfig(batch_size=BATCH))
 
     def run() -> None:

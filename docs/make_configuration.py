@@ -10,11 +10,11 @@ from emberfed.cli.options import options, summary_line
 from emberfed.clients import ClientsConfig, Tier
 from emberfed.config import OutputConfig
 from emberfed.data.config import (
-    DataConfig,
     DirichletPartition,
     IidPartition,
     LabelPartition,
     NaturalPartition,
+    ShardsPartition,
     SizePartition,
 )
 from emberfed.engine import engine_names, load_engine
@@ -23,6 +23,7 @@ from emberfed.method import load_method, method_names
 from emberfed.models.config import ModelConfig
 from emberfed.sections import Section
 from emberfed.server_optimizer import ServerOptimizerConfig
+from emberfed.tasks import load_task, task_names
 from emberfed.training import TrainingConfig
 
 HEAD = """\
@@ -39,7 +40,7 @@ This page is made from the docstrings by `python docs/make_configuration.py`.
 
 def page() -> str:
     """Return the page."""
-    partitions = (IidPartition, DirichletPartition, LabelPartition, NaturalPartition, SizePartition)
+    partitions = (IidPartition, DirichletPartition, LabelPartition, ShardsPartition, NaturalPartition, SizePartition)
     methods = [(name, load_method(name)) for name in method_names()]
     parts = [
         HEAD,
@@ -47,7 +48,7 @@ def page() -> str:
         *(table(f"method: {{name: {name}}}", method.Config) for name, method in methods),
         table("method.server_optimizer", ServerOptimizerConfig),
         *(table(f"adapter (method {', '.join(names)})", section) for section, names in _adapters().items()),
-        table("data", DataConfig),
+        *(table(f"data: {{task: {name}}}", load_task(name).Config) for name in task_names()),
         *(table(f"data.partition: {kind.__name__.removesuffix('Partition').lower()}", kind) for kind in partitions),
         table("clients", ClientsConfig),
         table("clients.tiers, each", Tier),

@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
@@ -59,7 +61,24 @@ _TINY_DENSE: Mapping[str, Mapping[str, Any]] = {
     "olmo2": {},
     "qwen2": {},
     "qwen3": {"head_dim": 12},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {"intermediate_size": 48},
+    "gpt_neox-serial": {"intermediate_size": 48, "use_parallel_residual": False},
 }
+
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_PIXELS = {"image_size": 8, "patch_size": 4, "num_channels": 3}
+
+_TINY_CLASSIFIERS: Mapping[str, Mapping[str, Any]] = {
+    "bert": _COMMON | {"intermediate_size": 48},
+    "roberta": _COMMON | {"intermediate_size": 48, "max_position_embeddings": 130},
+    "vit": _VISION | _PIXELS,
+    "vit-unbiased": _VISION | _PIXELS | {"qkv_bias": False, "hidden_act": "relu"},
+    "deit": _VISION | _PIXELS | {"architectures": ["DeiTForImageClassification"]},
+    "clip": {"vision_config": _VISION | _PIXELS},
+}
+CLASSES = ("cat", "dog", "emu", "fox", "gnu")
+"""What tiny classifiers tell apart."""
 
 _TINY_SPARSE: Mapping[str, Mapping[str, Any]] = {
     "olmoe": {"num_experts": 8},
@@ -101,29 +120,36 @@ def _variants(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 SPARSE_VARIANTS: Mapping[str, tuple[str, ...]] = _variants(_TINY_SPARSE)
 DENSE_VARIANTS: Mapping[str, tuple[str, ...]] = _variants(_TINY_DENSE)
+CLASSIFIER_VARIANTS: Mapping[str, tuple[str, ...]] = _variants(_TINY_CLASSIFIERS)
 FAMILY_VARIANTS: Mapping[str, tuple[str, ...]] = {**SPARSE_VARIANTS, **DENSE_VARIANTS}
-"""Names `tiny_family_lm` takes, by family; the first is the family's own name."""
+"""Names `tiny_family_lm` takes of families that generate, by family; the first is the family's own name."""
 
 
 def tiny_family_lm(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return a tiny random model of a family or variant: hidden 32, 64 tokens; if sparse, 6 or 8 experts, K of 2 or 3.
 
-    Every weight is random and loud, biases, norms and the correction of routing scores too, so that routing is uneven.
+    Classifiers tell `CLASSES` apart; those of images take 3 x 8 x 8 pixels in 4 patches. Every weight is random and
+    loud, biases, norms and the correction of routing scores too, so that routing is uneven.
     """
     family = name.partition("-")[0]
-    known = _TINY_DENSE[name] if name in _TINY_DENSE else {"num_experts_per_tok": 2, **_TINY_SPARSE[name]}
-    config = AutoConfig.for_model(family, **_COMMON | dict(known) | overrides)
+    if name in _TINY_CLASSIFIERS:
+        sizes = {**_TINY_CLASSIFIERS[name], "id2label": dict(enumerate(CLASSES))}
+        auto: Any = AutoModelForSequenceClassification if "vocab_size" in sizes else AutoModelForImageClassification
+    else:
+        known = _TINY_DENSE[name] if name in _TINY_DENSE else {"num_experts_per_tok": 2, **_TINY_SPARSE[name]}
+        sizes, auto = _COMMON | dict(known), AutoModelForCausalLM
+    config = AutoConfig.for_model(family, **sizes | overrides)
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global stream
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+        lm: PreTrainedModel = auto.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor_name, tensor in sorted([*lm.named_parameters(), *lm.named_buffers()]):
             drawn = torch.randn(tensor.shape, generator=generator)
             if tensor_name.endswith("e_score_correction_bias"):
                 tensor.copy_(drawn * 0.1)
-            elif tensor_name.endswith("norm.weight"):
+            elif tensor_name.endswith(".weight") and tensor.dim() == 1:  # norms
                 tensor.copy_(1 + drawn * 0.1)
-            elif "inv_freq" not in tensor_name:
+            elif "inv_freq" not in tensor_name and tensor.is_floating_point():  # positions are buffers too
                 tensor.copy_(drawn * 0.2)
     return lm
 

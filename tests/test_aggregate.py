@@ -17,7 +17,7 @@ from test_lora_methods import World
 from torch import Tensor
 
 import emberfed
-from emberfed import federated_lora
+from emberfed import federated
 from emberfed.aggregation import Update, lora_factor
 from emberfed.errors import AggregationError, ConfigError
 from emberfed.method import method_names
@@ -104,11 +104,11 @@ def test_it_is_what_the_method_does_in_a_run(method: str, tiny_model_folder: Pat
     state = world.state
     uploads = world.play(1, *world.clients)
     found = emberfed.aggregate(
-        federated_lora.updates_of(uploads, state.meta),
+        federated.updates_of(uploads, state.meta),
         method=method,
-        previous=federated_lora.adapter_of(state.tensors),
+        previous=federated.adapter_of(state.tensors),
     )
-    expected = federated_lora.adapter_of(world.state.tensors)
+    expected = federated.adapter_of(world.state.tensors)
     if method != "flora":
         assert same_bits(found, dict(sorted(expected.items())))
         return

@@ -17,7 +17,8 @@ from emberfed.arena import grid as grids
 from emberfed.arena.grid import Grid
 from emberfed.arena.markdown import markdown
 from emberfed.arena.page import page, summary
-from emberfed.arena.results import LOSS, ROUGE_L, CellResult, Comparison, TierResult
+from emberfed.arena.results import CellResult, Comparison, TierResult
+from emberfed.metrics import GENERATION, loss_beside
 from emberfed.report import numbers
 
 A = {"method": {"name": "a3smoe"}}
@@ -31,10 +32,8 @@ def tier(rouge_l: float, name: str = "small", top_k: int = 1) -> TierResult:
     return TierResult(
         tier=name,
         top_k=top_k,
-        rouge_l=rouge_l,
-        loss=4 - rouge_l,
-        rouge_l_before=0.05,
-        loss_before=5.0,
+        quality={"rouge_l": rouge_l, "loss": 4 - rouge_l},
+        before={"rouge_l": 0.05, "loss": 5.0},
         examples=10,
         flops=2e9 * top_k,
         bytes_down=3e6,
@@ -46,7 +45,7 @@ def tier(rouge_l: float, name: str = "small", top_k: int = 1) -> TierResult:
 
 def result(cell: grids.Cell, tiers: Sequence[TierResult], problem: str | None = None) -> CellResult:
     state = "done" if tiers else "failed" if problem else "missing"
-    return CellResult(cell, state, problem, 2, 8e9, 12e6, 4e6, 6e8, 30.0, tuple(tiers))  # type: ignore[arg-type]
+    return CellResult(cell, state, problem, 2, 8e9, 12e6, 4e6, 6e8, 30.0, tuple(tiers), GENERATION)  # type: ignore[arg-type]
 
 
 def comparison(grid: Grid, scores: Scores, problems: Mapping[str, str] = {}) -> Comparison:
@@ -89,7 +88,7 @@ def test_the_table_is_the_papers_by_hand() -> None:
 def test_lower_loss_is_better() -> None:
     found = comparison(two_columns(), SCORES)
     (place, _) = found.places()
-    assert found.contest(place, LOSS).best == found.contest(place, ROUGE_L).best == "A"
+    assert found.contest(place, loss_beside(GENERATION)).best == found.contest(place, GENERATION).best == "A"
 
 
 def test_the_document_holds_every_figure() -> None:
@@ -124,7 +123,7 @@ def test_values_of_a_sweep_compete_where_there_is_one_method() -> None:
     found = comparison(grid, {("", "γ=0"): [0.1, 0.1, 0.2], ("", "γ=2"): [0.3, 0.3, 0.4]})
     assert found.contestants == ("γ=0", "γ=2")
     (place,) = found.places()
-    contest = found.contest(place, ROUGE_L)
+    contest = found.contest(place, GENERATION)
     assert (contest.best, contest.ties) == ("γ=2", frozenset())
     assert "| budget | γ=0 | γ=2 |" in markdown(found)
     assert 'id="sweep"' in page(found)
@@ -136,7 +135,7 @@ def test_methods_compete_at_each_value_of_a_sweep() -> None:
     found = comparison(grid, {("", "α=0.1"): [0.1, 0.1, 0.2], ("", "α=9"): [0.3, 0.3, 0.4]})
     assert found.contestants == ("A", "B")
     assert [place.sweep for place in found.places()] == [0.1, 9.0]
-    assert [found.contest(place, ROUGE_L).spreads["A"].n for place in found.places()] == [3, 3]
+    assert [found.contest(place, GENERATION).spreads["A"].n for place in found.places()] == [3, 3]
     assert "## ROUGE-L, α=9 (higher is better)" in markdown(found)
 
 
@@ -146,7 +145,7 @@ SCORES_OF_TWO = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1
 @given(SCORES_OF_TWO)
 def test_nobody_beats_the_best(pairs: list[tuple[float, float]]) -> None:
     found = comparison(GRID, {("", "A"): [a for a, _ in pairs], ("", "B"): [b for _, b in pairs]})
-    for metric in (ROUGE_L, LOSS):
+    for metric in (GENERATION, loss_beside(GENERATION)):
         (place,) = found.places()
         contest = found.contest(place, metric)
         assert contest.best is not None

@@ -6,25 +6,28 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
 import pytest
 import torch
-from builders import DENSE_VARIANTS, SPARSE_VARIANTS, tiny_family_lm, token_ids, whole_adapter
+from builders import CLASSIFIER_VARIANTS, DENSE_VARIANTS, SPARSE_VARIANTS, tiny_family_lm, token_ids, whole_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from emberfed import costs
 from emberfed.costs import Work
-from emberfed.models import lora
+from emberfed.models import lora, sparse_adapter
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.head import initial_head
 
 SPARSE, DENSE = (
     [name for names in variants.values() for name in names] for variants in (SPARSE_VARIANTS, DENSE_VARIANTS)
 )
+CLASSIFIERS = [name for names in CLASSIFIER_VARIANTS.values() for name in names]
 SEQUENCES, LENGTH, POSITIONS = 3, 10, (2, 5, 6)
 
 
@@ -142,6 +145,97 @@ def test_flops_of_any_subset_are_those_torch_counts(data: st.DataObject) -> None
     check(name, part, two(name))
 
 
+ROWS, TOKENS = 3, 8
+"""Examples, and positions of texts, of which the last example has three that are padding."""
+
+
+def classified(model: FoundationModel) -> tuple[dict[str, torch.Tensor], int]:
+    """What a classifier is called with, and positions of one example."""
+    image = model.shape.image
+    if image is not None:
+        return {"pixel_values": torch.ones(ROWS, image.channels, image.height, image.width)}, image.positions
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    mask[-1, 5:] = 0
+    return {"input_ids": token_ids(ROWS, TOKENS), "attention_mask": mask}, TOKENS
+
+
+def counted_pass(model: FoundationModel, attached: AbstractContextManager[object]) -> tuple[int, int]:
+    """What torch counts of a classifier: forward, and backward."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+    with attached, counter:
+        logits = model.lm(**classified(model)[0]).logits
+        forward = counter.get_total_flops()
+        if logits.requires_grad:
+            logits.sum().backward()
+        return forward, counter.get_total_flops() - forward
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "nothing",
+        "",
+        "head",
+        r"layers",
+        r"layers\.1",
+        r"layers\.1\.mlp",
+        r"mlp",
+        r"query|q_proj",
+        r"value|v_proj",
+        r"dense|fc2",
+    ],
+)
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_flops_of_classifiers_are_those_torch_counts(name: str, pattern: str) -> None:
+    model = tiny(name)
+    tensors = {key: value for key, value in everything(name).items() if re.search(pattern, key)}
+    if any(key.startswith("head") for key in tensors):
+        tensors |= initial_head(model)  # all of it, or nothing
+    found = counted_pass(model, lora.attached(model, tensors, 16.0))
+    one = Work.of_batch(ROWS, classified(model)[1], 1, ROWS)
+    assert (costs.forward_flops(model.shape, one, tensors), costs.backward_flops(model.shape, one, tensors)) == found
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 3)])
+@pytest.mark.parametrize("layers", [None, (1,)])
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_flops_of_a_sparse_adapter_are_those_torch_counts(
+    name: str, layers: tuple[int, ...] | None, experts: int, top_k: int
+) -> None:
+    """Padding goes to no expert, but the gate sees it."""
+    model = tiny(name)
+    config = sparse_adapter.SparseAdapterConfig(num_experts=experts, expert_size=5, layers=layers)
+    tensors = sparse_adapter.initial(model, config, torch.Generator().manual_seed(0))
+    found = counted_pass(model, sparse_adapter.attached(model, tensors, top_k))
+    inputs, length = classified(model)
+    real = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ROWS * length
+    one = replace(Work.of_batch(ROWS, length, 1, ROWS), adapter_rows=real * top_k)
+    assert (costs.forward_flops(model.shape, one, tensors), costs.backward_flops(model.shape, one, tensors)) == found
+
+
+def test_hand_count_of_one_image() -> None:
+    """ViT: 4 patches of 48 values to 32 channels, 5 positions through two layers, the head 32 x 5 once.
+
+    Patches 2 x 4 x 48 x 32 = 12288. A layer: 4 x 32 x 32 and 2 x 32 x 48 weights, 2 x 5 x 7168 = 71680, and attention
+    4 x 25 pairs x 32 = 3200; both layers 149760. The head 2 x 160 = 320. In all 162368. With the head trained, its
+    weight's gradient is as much again as its product, and nothing else.
+    """
+    shape, one = tiny("vit").shape, Work.of_batch(1, 5, 1, 1)
+    assert costs.forward_flops(shape, one, {}) == 162368
+    assert costs.backward_flops(shape, one, {}) == 0
+    head = {key: value for key, value in everything("vit").items() if key.startswith("head")}
+    assert (costs.forward_flops(shape, one, head), costs.backward_flops(shape, one, head)) == (162368, 320)
+
+
+def test_hand_count_of_one_token_of_a_sparse_adapter() -> None:
+    """LLaMA, one token, 4 experts of 5 in layer 1, K = 2: gate 2 x 4 x 32, experts 2 x 2 rows x 2 matrices x 160."""
+    model = tiny("llama")
+    config = sparse_adapter.SparseAdapterConfig(num_experts=4, expert_size=5, layers=(1,))
+    tensors = sparse_adapter.initial(model, config, torch.Generator().manual_seed(0))
+    plain, more = Work.of_batch(1, 1, 1, 1), Work.of_batch(1, 1, 1, 1, adapter_top_k=2)
+    assert costs.forward_flops(model.shape, more, tensors) - costs.forward_flops(model.shape, plain, {}) == 256 + 1280
+
+
 def test_hand_count_of_one_token() -> None:
     """One token, K = 1, no adapter: per layer q 32x32, k and v 16x32, o 32x32, router 8x32, expert 3x32x16 weights.
 
@@ -197,6 +291,7 @@ def test_flops_computed_again_in_a_dense_model(name: str, saved: int, pattern: s
 def test_work_adds_up() -> None:
     one, ten = Work.of_batch(1, 2, 4, 1), Work.of_batch(10, 3, 4, 5)
     assert one + ten == Work(tokens=32, routed_tokens=32, attended_pairs=94, top_k=4, head_tokens=6)
+    assert (Work.of_batch(1, 2, 4, 1, 3) + Work.of_batch(2, 5, 4, 1, 1)).adapter_rows == 2 * 3 + 10
     with pytest.raises(ValueError, match="cannot be added"):
         one + Work.of_batch(1, 2, 3, 1)
 

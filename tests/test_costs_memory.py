@@ -14,22 +14,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, tiny_family_lm, whole_adapter
+from builders import CLASSIFIER_VARIANTS, FAMILY_VARIANTS, tiny_family_lm, token_ids, whole_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from emberfed import costs, memory
-from emberfed.data.tokenise import Example, Shard, ShardReport
+from emberfed.data.tokenise import Example, ResponseShard, ShardReport
 from emberfed.memory import SavedBytes, Step, count_saved, training_memory
-from emberfed.models import lora
+from emberfed.models import lora, sparse_adapter
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.head import initial_head
 from emberfed.models.quantised import quantise_experts
 from emberfed.records import ACTIVATION_COUNTS, Bundle, Payload
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig
 
 VARIANTS = [name for names in FAMILY_VARIANTS.values() for name in names]
+CLASSIFIERS = [name for names in CLASSIFIER_VARIANTS.values() for name in names]
 FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
@@ -42,12 +44,12 @@ def adapter(model: FoundationModel, rank: int = 2, **options: bool) -> dict[str,
     return lora.initial(model, lora.LoraConfig(rank=rank, **options), torch.Generator().manual_seed(0))
 
 
-def shard(examples: int, length: int) -> Shard:
+def shard(examples: int, length: int) -> ResponseShard:
     """Every second example is one token shorter, so that batches have padding; half of each carries loss."""
     draw = np.random.default_rng(0)
     made = [draw.integers(2, 64, length - index % 2).astype(np.int32) for index in range(examples)]
     report = ShardReport(examples, 0, 0, 0, 0)
-    return Shard(tuple(Example(ids, length // 2, "", "") for ids in made), report, 0)
+    return ResponseShard(tuple(Example(ids, length // 2, "", "") for ids in made), report, 0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -58,6 +60,70 @@ def test_what_autograd_keeps_is_a_polynomial_of_the_batch(name: str) -> None:
         saved = SavedBytes.count(model, attached.parameters)
         for sequences, length in ((2, 9), (3, 20), (5, 33)):
             assert saved.parts(sequences, length) == count_saved(model, attached.parameters, sequences, length)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_what_autograd_keeps_of_a_classifier_is_one_too(name: str) -> None:
+    model = FoundationModel(tiny_family_lm(name))
+    image = model.shape.image
+    with lora.attached(model, adapter(model), 16.0) as attached:
+        saved = SavedBytes.count(model, attached.parameters)
+        for sequences, length in ((2, 9), (3, 20), (5, 33)):
+            length = length if image is None else image.positions
+            assert saved.parts(sequences, length) == count_saved(model, attached.parameters, sequences, length)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("name", ["vit", "roberta", "llama", "olmoe"])
+def test_parts_of_a_step_with_a_sparse_adapter(name: str, top_k: int) -> None:
+    """One position at K of 4 reaches K / 4 of the experts; gates and heads have gradients always."""
+    model = FoundationModel(tiny_family_lm(name))
+    config = sparse_adapter.SparseAdapterConfig(num_experts=4, expert_size=5)
+    tensors = sparse_adapter.initial(model, config, torch.Generator().manual_seed(0))
+    step = Step(1, 1, 1, adapter_top_k=top_k)
+    counted = training_memory(model, tensors, step)
+    experts = sum(4 * tensor.numel() for key, tensor in tensors.items() if sparse_adapter.is_expert(key))
+    whole = costs.tensor_bytes(tensors)
+    assert counted.gradient_bytes == experts * top_k / 4 + (whole - experts)
+    assert (counted.adapter_bytes, counted.optimizer_bytes) == (whole, 2 * whole)
+    touched_LM = torch.zeros(model.shape.num_layers, 4, dtype=torch.bool)
+    touched_LM[0, 0] = True
+    assert training_memory(model, tensors, step, touched_LM).gradient_bytes == experts / 8 + (whole - experts)
+
+
+def test_a_head_alone_keeps_nothing_of_the_layers() -> None:
+    model = FoundationModel(tiny_family_lm("vit"))
+    counted = training_memory(model, initial_head(model), Step(4, 5, 1))
+    assert counted.activation_bytes == 0
+    assert counted.gradient_bytes == 4 * (5 * 32 + 5)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_training_a_classifier_allocates_what_is_counted(name: str) -> None:
+    """Within 14 %: BERT's few hidden states are fewer than is counted, at so small a size."""
+    model = FoundationModel(tiny_family_lm(name, **({"image_size": 32} if name == "vit" else {})))
+    image, tensors = model.shape.image, adapter(model)
+    step = Step(8, 64 if image is None else image.positions, 1)
+    if image is None:
+        mask = torch.ones(8, 64, dtype=torch.int64)
+        mask[:, -1] = 0
+        inputs = {"input_ids": token_ids(8, 64), "attention_mask": mask}
+    else:
+        inputs = {"pixel_values": torch.zeros(8, image.channels, image.height, image.width)}
+
+    def train() -> torch.Tensor:
+        optimizer = torch.optim.Adam(attached.parameters.values(), foreach=False)
+        for _ in range(2):
+            loss = torch.nn.functional.cross_entropy(model.lm(**inputs).logits, torch.arange(8) % 5)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+    with lora.attached(model, tensors, 16.0) as attached:
+        peak, _ = allocated(train)
+    counted = training_memory(model, tensors, step)
+    assert counted.optimizer_bytes + counted.working_bytes == pytest.approx(peak, rel=0.14)
 
 
 def test_hand_count_of_what_an_expert_layer_keeps() -> None:
@@ -290,4 +356,5 @@ def test_a_layer_s_bytes_add_up_to_whole_numbers() -> None:
         saved = SavedBytes.count(model, attached.parameters)
     exact = [round(value, 6) for value in saved.coefficients_PC.flatten().tolist()]
     assert exact == [round(value) for value in exact]
-    assert memory._terms(3, 5) == (1, 5, 25, 3, 15, 75)
+    assert memory._terms(3, 5, False) == (1, 5, 25, 3, 15, 75)
+    assert memory._terms(3, 5, True) == (1, 3)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberfed.data.config import DataConfig, DirichletPartition, PartitionConfig
+from emberfed.data.corpus import Corpus, LoadReport
 from emberfed.data.inspect import Inspection, inspect, total_variation
-from emberfed.data.loading import Corpus, LoadReport
 from emberfed.data.partition import Partition, partition
 from emberfed.data.tokenise import tokenise
 from emberfed.seeds import Seeds
@@ -58,8 +58,9 @@ def test_counts_labels_and_skew_by_hand() -> None:
     # Everybody: a 4/6, b 2/6. c0: |1 - 4/6| / 2 + |0 - 2/6| / 2; c1: |1/3 - 2/3| / 2 + |2/3 - 1/3| / 2.
     assert first.skew == pytest.approx(1 / 3)
     assert second.skew == pytest.approx(1 / 3)
-    assert (first.report.examples, first.report.target_tokens) == (3, 2 + 3 + 2)
-    assert (second.report.examples, second.report.without_target, second.report.truncated_responses) == (2, 1, 1)
+    assert (first.report.examples, first.report.json()["target_tokens"]) == (3, 2 + 3 + 2)
+    cut = second.report.json()
+    assert (cut["examples"], cut["without_target"], cut["truncated_responses"]) == (2, 1, 1)
 
 
 def test_json_holds_totals_and_clients() -> None:
@@ -67,8 +68,8 @@ def test_json_holds_totals_and_clients() -> None:
     document = json.loads(json.dumps(inspection.json()))
     assert document["totals"] == {
         **REPORT.json(),
-        "target_tokens": sum(data.report.target_tokens for data in inspection.clients),
-        "truncated_prompts": sum(data.report.truncated_prompts for data in inspection.clients),
+        "target_tokens": sum(data.report.json()["target_tokens"] for data in inspection.clients),
+        "truncated_prompts": sum(data.report.json()["truncated_prompts"] for data in inspection.clients),
         "truncated_responses": 1,
         "without_target": 1,
     }

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberfed.data.config import DataConfig, DirichletPartition
-from emberfed.data.loading import Corpus, load
+from emberfed.data.corpus import Corpus
+from emberfed.data.loading import load
 from emberfed.data.partition import partition
 from emberfed.errors import ConfigError, DataError
 from emberfed.sections import validate

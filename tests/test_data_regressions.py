@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from emberfed.data.config import DataConfig, LabelPartition, NaturalPartition, SizePartition
-from emberfed.data.loading import Corpus, load
+from emberfed.data.corpus import Corpus
+from emberfed.data.loading import load
 from emberfed.data.partition import partition
 from emberfed.data.tokenise import tokenise
 from emberfed.errors import DataError

@@ -23,7 +23,7 @@ from emberfed.data.templates import prompt
 from emberfed.data.tokenise import (
     IGNORED,
     Example,
-    Shard,
+    ResponseShard,
     ShardReport,
     check_vocabulary,
     collate,
@@ -73,7 +73,7 @@ def words(count: int, first: int = 3) -> str:
     return " ".join(f"w{first + number % (64 - first)}" for number in range(count))
 
 
-def shard(*records: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None = None, **options: Any) -> Shard:
+def shard(*records: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None = None, **options: Any) -> ResponseShard:
     config = DataConfig(**({"template": "short", "max_length": 64} | options))
     return tokenise(rows(*records), tokenizer or tiny_tokenizer(), config, "c0")
 
@@ -352,7 +352,7 @@ def test_decoded_labels_are_the_response_and_the_end_of_text() -> None:
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 9))
 def test_batches_cover_every_example_once(count: int, size: int, seed: int) -> None:
     examples = numbers(count)
-    made = Shard(examples, ShardReport(count, 0, 0, 0, 0), PAD)
+    made = ResponseShard(examples, ShardReport(count, 0, 0, 0, 0), PAD)
     batches = list(made.batches(size, Seeds(seed).torch("order")))
     assert Counter(id(example) for batch in batches for example in batch) == Counter(map(id, examples))
     assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
@@ -362,14 +362,14 @@ def test_batches_cover_every_example_once(count: int, size: int, seed: int) -> N
 
 
 def test_the_generator_decides_the_order() -> None:
-    made = Shard(numbers(30), ShardReport(30, 0, 0, 0, 0), PAD)
+    made = ResponseShard(numbers(30), ShardReport(30, 0, 0, 0, 0), PAD)
     orders = [[id(e) for batch in made.batches(7, Seeds(seed).torch("order")) for e in batch] for seed in range(3)]
     assert orders[0] != orders[1] != orders[2]
     assert orders[0] != [id(example) for example in made.examples]
 
 
 def test_batches_keep_the_shard_and_the_global_stream_as_they_are() -> None:
-    made = Shard(numbers(9), ShardReport(9, 0, 0, 0, 0), PAD)
+    made = ResponseShard(numbers(9), ShardReport(9, 0, 0, 0, 0), PAD)
     before, state = [example.input_ids.tolist() for example in made.examples], torch.get_rng_state()
     collated = [collate(batch, PAD) for batch in made.batches(4, Seeds(0).torch("order"))]
     assert len(collated) == 3

@@ -13,7 +13,7 @@ from builders import VOCABULARY, tiny_lm, tiny_model, tiny_tokenizer
 from rouge_score.rouge_scorer import RougeScorer
 from torch.nn import functional as F
 
-from emberfed.data.tokenise import Example, Shard, ShardReport
+from emberfed.data.tokenise import Example, ResponseShard, ShardReport
 from emberfed.evaluation import EvaluationConfig, evaluate
 from emberfed.evaluation.quality import Answer, generate, response_losses, summarise
 from emberfed.models.config import ModelConfig
@@ -21,7 +21,7 @@ from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.loading import load
 
 
-def make_shard(count: int = 7) -> Shard:
+def make_shard(count: int = 7) -> ResponseShard:
     draw = np.random.default_rng(2)
     examples = []
     for number in range(count):
@@ -30,7 +30,7 @@ def make_shard(count: int = 7) -> Shard:
         cut = int(draw.integers(1, length - 1))
         reference = " ".join(f"w{index}" for index in ids[cut:])
         examples.append(Example(ids, cut, reference, ("odd", "even")[number % 2]))
-    return Shard(tuple(examples), ShardReport(count, 0, 0, 0, 0), pad_token_id=0)
+    return ResponseShard(tuple(examples), ShardReport(count, 0, 0, 0, 0), pad_token_id=0)
 
 
 @pytest.fixture(scope="module")

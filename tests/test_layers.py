@@ -13,11 +13,11 @@ import emberfed
 ROOT = Path(emberfed.__file__).parent
 
 LAYERS = {
-    0: {"", "errors", "seeds", "sections", "records", "events", "plugins", "storage"},
+    0: {"", "errors", "seeds", "sections", "records", "events", "plugins", "storage", "metrics"},
     1: {"models", "data", "builtin", "clients", "penalties", "server_optimizer", "factors", "aggregation"},
-    2: {"costs", "memory", "training", "evaluation"},
-    3: {"method", "engine", "methods", "federated_lora"},
-    4: {"admission", "checkpoint", "inbox", "worker", "rounds", "config", "assembly", "report", "engines"},
+    2: {"costs", "memory", "training", "evaluation", "tasks"},
+    3: {"method", "engine", "methods", "federated", "federated_lora", "federated_adapter"},
+    4: {"admission", "checkpoint", "inbox", "personal", "worker", "rounds", "config", "assembly", "report", "engines"},
     5: {"api", "arena"},
     6: {"cli", "__main__"},
 }

@@ -12,7 +12,7 @@ import torch
 from federations import bits, config
 
 import emberfed
-from emberfed import assembly, federated_lora
+from emberfed import assembly, federated
 from emberfed.clients import Budget, Client
 from emberfed.config import parse
 from emberfed.errors import ClientError, ConfigError
@@ -176,7 +176,7 @@ def test_hetlora_prunes_where_the_tail_shrank_and_remembers(tiny_model_folder: P
             ranks[id_] = sent
         assert round > 1 or shrunk == {True: 0, False: 4}
         assert world.state.meta["ranks"] == ranks
-        assert rank_of(federated_lora.adapter_of(world.state.tensors)) == 4
+        assert rank_of(federated.adapter_of(world.state.tensors)) == 4
     assert shrunk[True] >= 1
 
 
@@ -304,7 +304,7 @@ def test_the_rescaler_multiplies_the_whole_routed_output(tiny_model_folder: Path
     """Experts frozen and LoRA together: the block's output with s is s times its output without."""
     world = World(tiny_model_folder, tiny_data, method={"name": "flame"})
     world.play(1, *world.clients)
-    tensors = federated_lora.adapter_of(world.state.tensors)
+    tensors = federated.adapter_of(world.state.tensors)
 
     def outputs(extra: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """What each block adds to the stream, its input being the same for the first block and up to the scaled one."""
@@ -326,7 +326,7 @@ def test_the_rescaler_multiplies_the_whole_routed_output(tiny_model_folder: Path
 def test_the_rescalers_gradient_is_the_slope_of_the_loss(tiny_model_folder: Path, tiny_data: Path) -> None:
     world = World(tiny_model_folder, tiny_data, method={"name": "flame"})
     world.play(1, *world.clients)
-    tensors = federated_lora.adapter_of(world.state.tensors)
+    tensors = federated.adapter_of(world.state.tensors)
     name = "layers.0.router.rescaler"
 
     def loss(value: float) -> tuple[float, float]:
@@ -375,7 +375,7 @@ def test_rescalers_are_kept_by_clients_and_shared_among_one_k_only(tiny_model_fo
 def test_a_rescaler_serves_its_own_k_in_evaluation(tiny_model_folder: Path, tiny_data: Path) -> None:
     world = World(tiny_model_folder, tiny_data, method={"name": "flame"})
     world.play(1, *world.clients)
-    tensors = federated_lora.adapter_of(world.state.tensors)
+    tensors = federated.adapter_of(world.state.tensors)
     for top_k in (1, 2, 4, 3):
         s = world.state.tensors.get(f"rescaler.top_k_{top_k}", torch.ones(2))
         by_layer = {f"layers.{layer}.router.rescaler": s[layer : layer + 1] for layer in (0, 1)}

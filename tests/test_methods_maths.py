@@ -12,15 +12,14 @@ from test_lora_methods import World, effect
 from torch import Tensor
 
 import emberfed
-from emberfed import federated_lora
+from emberfed import federated, federated_lora
 from emberfed.aggregation import Update
 from emberfed.clients import Budget
-from emberfed.data.tokenise import IGNORED, collate
 from emberfed.penalties import TailPenalty, tail_product
 from emberfed.records import ACTIVATION_COUNTS, Bundle, Payload
 from emberfed.seeds import Seeds
 from emberfed.server_optimizer import ServerOptimizerConfig
-from emberfed.training import response_loss
+from emberfed.tasks import load_task
 
 PATH = "layers.1.experts.up_proj"
 ALPHA = 4.0
@@ -112,7 +111,7 @@ def test_an_update_is_what_the_upload_says() -> None:
     counts = torch.tensor([[1, 2], [3, 4]])
     meta = {"examples": 5, "tokens": 70, "top_k": 3}
     state = {"sparse_layers": [1, 3], "num_experts": 2}
-    [update] = federated_lora.updates_of([upload("c0", counts, meta, pair(1, 0))], state)
+    [update] = federated.updates_of([upload("c0", counts, meta, pair(1, 0))], state)
     assert (update.client, update.examples, update.tokens, update.top_k) == ("c0", 5, 70, 3)
     assert sorted(update.tensors) == sorted(pair(1, 0))
     rows = {prefix.removesuffix("."): row.tolist() for prefix, row in update.activations.items()}
@@ -128,7 +127,7 @@ def test_momentum_does_not_move_an_expert_that_nobody_used() -> None:
     for counts, step in (([4, 4, 0], [1.0, 1.0, 0.0]), ([4, 0, 0], [1.9, 0.0, 0.0])):
         mean = {name: tensors[name] + 1 for name in zeros}
         update = Update("c0", mean, 1, 4, 1, {"layers.1.experts": torch.tensor(counts)})
-        tensors = federated_lora.stepped(config, Bundle(tensors, {}), mean, [update])
+        tensors = federated.stepped(config, Bundle(tensors, {}), mean, [update])
         expected = expected + torch.tensor(step)
         for name in zeros:
             torch.testing.assert_close(tensors[name], expected[:, None, None].expand_as(tensors[name]))
@@ -141,11 +140,10 @@ def test_momentum_does_not_move_an_expert_that_nobody_used() -> None:
 def loss(world: World, id_: str, top_k: int) -> float:
     """Mean response loss of the global model, as deployed at that K, on the whole shard of a client."""
     shard = world.material.shards[id_]
-    batch = collate(list(shard.examples), shard.pad_token_id)
-    targets = int((batch.labels[:, 1:] != IGNORED).sum())
+    batch = shard.collate(shard.examples)
     with world.method.deploy(world.state, world.model, Budget("any", top_k)), torch.inference_mode():
-        total, _, _ = response_loss(world.model, batch)
-    return float(total) / targets
+        total = load_task("generation").forward(world.model, batch).loss
+    return float(total) / batch.targets
 
 
 @pytest.mark.parametrize("method", ["a3smoe", "flame", "flexlora", "flora", "hetlora", "homolora"])
@@ -244,7 +242,7 @@ def test_hetloras_regulariser_makes_the_tail_smaller(tiny_model_folder: Path, ti
         world = hetlora(tiny_model_folder, tiny_data, pruning=0.5, regularisation=strength)
         client = next(client for client in world.clients.values() if client.budget.rank == 4)
         kept = world.method.dispatch(world.state, client, 1).content.meta["kept"]
-        answer = federated_lora.adapter_of(world.fit(1, client.id).content.tensors)
+        answer = federated.adapter_of(world.fit(1, client.id).content.tensors)
         tails.append(tail_product(answer, kept))  # 0 if it was pruned
     assert tails[1] < 0.9 * tails[0]
 

@@ -9,9 +9,18 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from builders import DENSE_VARIANTS, FAMILY_VARIANTS, SPARSE_VARIANTS, save_tiny_family, tiny_family_lm, token_ids
+from builders import (
+    CLASSIFIER_VARIANTS,
+    DENSE_VARIANTS,
+    FAMILY_VARIANTS,
+    SPARSE_VARIANTS,
+    save_tiny_family,
+    tiny_family_lm,
+    token_ids,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models.config import ModelConfig
@@ -137,7 +146,7 @@ def some_top_ks(model: FoundationModel) -> list[int]:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert sorted(FAMILY_VARIANTS) == list(families())
+    assert sorted([*FAMILY_VARIANTS, *CLASSIFIER_VARIANTS]) == list(families())
 
 
 def test_logits_are_transformers_own(folder: Path, model: FoundationModel) -> None:
@@ -328,12 +337,14 @@ def counted_parameters(shape: ModelShape, model: FoundationModel) -> int:
     matrices = (
         shape.num_layers * attention
         + len(shape.sparse_layers) * mixture
-        + len(shape.dense_layers) * 3 * shape.hidden * shape.dense_intermediate
+        + len(shape.dense_layers) * len(shape.mlp) * shape.hidden * shape.dense_intermediate
         + shape.hidden * shape.vocabulary * (1 if model.lm.config.tie_word_embeddings else 2)
     )
-    others = ("norm.weight", "bias", "sinks", "shared_expert_gate.weight")
+    others = ("bias", "sinks", "shared_expert_gate.weight", "wpe.weight")
     parameters: list[tuple[str, nn.Parameter]] = list(model.lm.named_parameters())
-    return matrices + sum(value.numel() for name, value in parameters if name.endswith(others))
+    return matrices + sum(
+        value.numel() for name, value in parameters if name.endswith(others) or (value.dim() == 1 and "weight" in name)
+    )
 
 
 def test_weights_in_fewer_bits_count_as_parameters() -> None:
@@ -436,8 +447,8 @@ def test_an_unknown_sparse_model_is_told_what_was_found_and_how_to_add_it(model_
 
 
 def test_an_unknown_dense_model_is_told_how_to_add_it() -> None:
-    config = SimpleNamespace(model_type="gpt2", num_experts=0, num_hidden_layers=4)
-    known = r"'gpt2' has no record \(its config says nothing of experts\); known: .*llama.*olmoe.*families/gpt2\.py"
+    config = SimpleNamespace(model_type="bloom", num_experts=0, num_hidden_layers=4)
+    known = r"'bloom' has no record \(its config says nothing of experts\); known: .*llama.*olmoe.*families/bloom\.py"
     with pytest.raises(ModelError, match=known):
         family_of(config)
 
@@ -474,18 +485,32 @@ def test_sizes_of_a_dense_model(dense: FoundationModel) -> None:
     shape = dense.shape
     assert (shape.dense_layers, shape.sparse_layers) == ((0, 1), ())
     assert (shape.num_experts, shape.native_top_k, shape.expert_intermediate, shape.shared_intermediate) == (1, 1, 0, 0)
-    assert (shape.hidden, shape.dense_intermediate, shape.vocabulary, shape.heads) == (32, 16, 64, 4)
+    fused = FUSED.get(dense.family.model_type)
+    inner = 16 if fused is None else 48
+    assert (shape.hidden, shape.dense_intermediate, shape.vocabulary, shape.heads) == (32, inner, 64, 4)
+    assert (shape.head, shape.pooler, shape.image, dense.num_classes, dense.head) == ({}, None, None, 0, None)
     assert counted_parameters(shape, dense) == shape.parameters
     assert not dense.shared_linears()
-    sizes = {key: tuple(getattr(*place).weight.shape) for key, place in dense.mlp_linears().items()}
-    assert sizes == {
-        (layer, name): (32, 16) if name == "down_proj" else (16, 32)
-        for layer in (0, 1)
-        for name in ("gate_proj", "up_proj", "down_proj")
-    }
-    attention = {name: tuple(getattr(*place).weight.shape) for (_, name), place in dense.attention_linears().items()}
+    *before, last = ("gate_proj", "up_proj", "down_proj") if fused is None else fused[1]
+    sizes = {key: stored(place) for key, place in dense.mlp_linears().items()}
+    expected = {**dict.fromkeys(before, (inner, 32)), last: (32, inner)}
+    assert sizes == {(layer, name): size for layer in (0, 1) for name, size in expected.items()}
+    attention = {name: stored(place) for (_, name), place in dense.attention_linears().items()}
     assert attention == shape.attention
-    assert set(attention) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert tuple(attention) == (("q_proj", "k_proj", "v_proj", "o_proj") if fused is None else fused[0])
+
+
+FUSED = {
+    "gpt2": (("c_attn", "c_proj"), ("c_fc", "c_proj")),
+    "gpt_neox": (("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
+}
+"""Linears of attention and MLP where one layer makes queries, keys and values."""
+
+
+def stored(place: tuple[nn.Module, str]) -> tuple[int, ...]:
+    """(out, in) of a linear layer."""
+    shape = tuple(getattr(*place).weight.shape)
+    return shape[::-1] if isinstance(getattr(*place), Conv1D) else shape
 
 
 def test_a_dense_model_with_a_cache_and_with_checkpointing(dense: FoundationModel) -> None:

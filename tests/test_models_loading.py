@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 from builders import SPARSE_VARIANTS, save_tiny_family, save_tiny_model, tiny_lm, tiny_tokenizer, token_ids
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM
 
 from emberfed import config as configuration
 from emberfed.assembly import fixed_settings
@@ -87,8 +87,8 @@ def test_folder_without_a_model(tmp_path: Path) -> None:
 
 def test_a_dense_model_of_no_known_family(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
-        GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"'gpt2' has no record \(its config says nothing of experts\); known: deep"):
+        BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1, vocab_size=8)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"'bloom' has no record \(its config says nothing of experts\); known: bert"):
         load(ModelConfig(path=str(tmp_path)))
 
 

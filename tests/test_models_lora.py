@@ -13,7 +13,7 @@ import torch
 from builders import DENSE_VARIANTS, FAMILY_VARIANTS, tiny_family_lm, tiny_model, token_ids, whole_adapter
 
 from emberfed.errors import ConfigError, ModelError
-from emberfed.models import lora, peft_layout
+from emberfed.models import lora, lora_layout, peft_layout
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.lora import Adapter, LoraConfig
 from emberfed.sections import validate
@@ -158,7 +158,7 @@ def test_names() -> None:
     assert lora.is_expert("layers.1.experts.up_proj.lora_A")
     assert not lora.is_expert("layers.1.self_attn.q_proj.lora_A")
     assert not lora.is_expert("layers.1.router.weight")
-    with pytest.raises(ModelError, match="not an adapter tensor's name"):
+    with pytest.raises(ModelError, match="not the name of a layer's adapter tensor"):
         lora.layer_of("head.weight")
 
 
@@ -343,20 +343,23 @@ def test_a_dense_adapter_has_the_gradients_of_dense_adapted_weights(name: str) -
     tensors = noisy(initial(model, LoraConfig(rank=3)))
     twin: Any = tiny_family_lm(name).requires_grad_(False)
     scale, ids = ALPHA / 3, token_ids(3, 10)
+    names = {module: name for name, module in model.lm.named_modules()}
     weights: dict[str, torch.Tensor] = {}
-    for path in {tensor_name.rpartition(".")[0] for tensor_name in tensors}:
-        weight = twin.get_parameter(f"model.{path}.weight")
-        weight.add_(scale * tensors[f"{path}.lora_B"] @ tensors[f"{path}.lora_A"])
+    for path, (module, attribute) in lora_layout.linears(model).items():
+        weight = twin.get_parameter(f"{names[module]}.{attribute}.weight")
+        change = scale * tensors[f"{path}.lora_B"] @ tensors[f"{path}.lora_A"]
+        weight.add_(change.T if name == "gpt2" else change)  # it stores (in, out)
         weights[path] = weight.requires_grad_()
     twin(input_ids=ids, labels=ids).loss.backward()
     with lora.attached(model, tensors, ALPHA) as adapter:
         model.lm(input_ids=ids, labels=ids).loss.backward()
-    assert len(weights) == 2 * 7
+    assert len(weights) == len(tensors) / 2 == 2 * (4 if name.startswith("gpt") else 7)
     for path, weight in weights.items():
         a, b = (adapter.parameters[f"{path}.lora_{factor}"] for factor in "AB")
         assert weight.grad is not None
-        torch.testing.assert_close(a.grad, scale * b.detach().T @ weight.grad, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(b.grad, scale * weight.grad @ a.detach().T, rtol=1e-4, atol=1e-6)
+        gradient = weight.grad.T if name == "gpt2" else weight.grad
+        torch.testing.assert_close(a.grad, scale * b.detach().T @ gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b.grad, scale * gradient @ a.detach().T, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_model_is_trained_without_experts() -> None:

@@ -153,19 +153,30 @@ KINDS: dict[str, tuple[bool, list[str]]] = {
     "both": (False, ["experts.gate_up_proj", "experts.down_proj"]),
     "both and attention": (True, ["experts.down_proj", "experts.gate_up_proj"]),
 }
-INSTEAD = {"experts.gate_up_proj": ["gate_proj", "up_proj"], "experts.down_proj": ["down_proj"]}
-"""Modules that a dense model has instead of experts' parameters."""
+
+
+def modules_instead(model: FoundationModel, parameter: str) -> list[str]:
+    """Modules that a dense model has instead of experts' parameters."""
+    *inner, outer = model.shape.mlp
+    return [f"mlp.{name}" for name in (inner if parameter == "experts.gate_up_proj" else [outer])]
 
 
 @pytest.mark.parametrize(("attention", "parameters"), KINDS.values(), ids=KINDS)
 def test_adapters_of_pefts_own_making(
     family_model: FoundationModel, family_folder: Path, tmp_path: Path, attention: bool, parameters: list[str]
 ) -> None:
-    modules = sorted({name for _, name in family_model.attention_linears()}) if attention else []
+    where = family_model.family.attention
+    modules = sorted({f"{where}.{name}" for _, name in family_model.attention_linears()}) if attention else []
     if family_model.is_dense:
-        modules += [module for parameter in parameters for module in INSTEAD[parameter]]
+        modules += [module for parameter in parameters for module in modules_instead(family_model, parameter)]
         parameters = []
-    expected = made_by_peft(family_folder, tmp_path, target_modules=modules, target_parameters=parameters or None)
+    expected = made_by_peft(
+        family_folder,
+        tmp_path,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        fan_in_fan_out=family_model.family.model_type == "gpt2",
+    )
     tensors, alpha = peft_layout.from_peft(tmp_path, family_model)
     assert {value.dtype for value in tensors.values()} == {torch.float32}
     found = by_us(family_model, tensors, alpha)

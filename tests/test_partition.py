@@ -22,10 +22,11 @@ from emberfed.data.config import (
     LabelPartition,
     NaturalPartition,
     PartitionConfig,
+    ShardsPartition,
     SizePartition,
 )
 from emberfed.data.inspect import total_variation
-from emberfed.data.partition import Partition, partition
+from emberfed.data.partition import Partition, partition, split_client
 from emberfed.errors import DataError
 from emberfed.seeds import Seeds
 
@@ -89,6 +90,52 @@ def test_label_gives_exactly_so_many_labels(clients: int, per_client: int, label
 
 
 @settings(max_examples=40)
+@given(st.integers(1, 10), st.integers(1, 4), st.integers(2, 10), seeds)
+def test_shards_are_even_pieces_of_the_sorted_rows(clients: int, pieces: int, labels: int, seed: int) -> None:
+    """A piece of s rows, sorted by label, holds at most 1 + ceil((s - 1) / 20) labels when each label has 20 rows."""
+    data = records(labels * 20, labels)
+    made = check(data, ShardsPartition(kind="shards", shards_per_client=pieces), clients, seed)
+    category = data["category"]
+    largest = math.ceil(len(data) / (clients * pieces))
+    for rows in made.rows.values():
+        assert abs(len(rows) - len(data) / clients) <= pieces
+        assert len({category[row] for row in rows}) <= pieces * (1 + math.ceil((largest - 1) / 20))
+
+
+def test_shards_by_hand() -> None:
+    """Two clients, two pieces each, of 8 rows aabbccdd: a piece is one label, so each client has two labels whole."""
+    data = records(8, 4)
+    rows = divide(data, ShardsPartition(kind="shards", shards_per_client=2), 2).rows
+    category = data["category"]
+    held = [Counter(category[row] for row in own) for own in rows.values()]
+    assert [set(counts.values()) for counts in held] == [{2}, {2}]
+    assert held[0].keys().isdisjoint(held[1])
+
+
+@settings(max_examples=60)
+@given(st.sets(st.integers(0, 999), min_size=2, max_size=60), st.floats(0.01, 0.5), seeds)
+def test_a_client_s_own_rows_are_divided_once_and_for_all(rows: set[int], share: float, seed: int) -> None:
+    own = sorted(rows)
+    trained, kept = split_client("c1", own, share, Seeds(seed))
+    assert sorted([*trained, *kept]) == own
+    assert trained
+    assert len(kept) == max(1, round(share * len(own)))
+    assert (list(trained), list(kept)) == (sorted(trained), sorted(kept))
+    assert split_client("c1", own, share, Seeds(seed)) == (trained, kept)
+
+
+def test_each_client_draws_its_own_test_rows() -> None:
+    drawn = {split_client(client, range(40), 0.5, Seeds(0)) for client in client_ids(5)}
+    assert len(drawn) == 5
+
+
+@pytest.mark.parametrize("rows", [[], [3]])
+def test_a_client_with_too_few_rows_to_divide_is_named(rows: list[int]) -> None:
+    with pytest.raises(DataError, match=r"client c07 has .* example.*client_test_share 0\.2"):
+        split_client("c07", rows, 0.2, Seeds(0))
+
+
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(["anna", "bo", "7", "10", "07", "x y"]), min_size=1, max_size=40), seeds)
 def test_natural_is_a_client_per_name(names: list[str], seed: int) -> None:
     clients = len(set(names))
@@ -114,6 +161,7 @@ def test_sizes_follow_their_formula(sizes: Any, clients: int, count: int, seed: 
         IidPartition(),
         DirichletPartition(kind="dirichlet", alpha=0.5),
         LabelPartition(kind="label", labels_per_client=2),
+        ShardsPartition(kind="shards"),
         SizePartition(kind="size"),
     ],
 )
@@ -187,6 +235,13 @@ NAMES = ["a", "b", "a", "b", None, "a", "b", "a"]
         (records(8), {"kind": "label", "labels_per_client": 5}, 2, ["labels_per_client 5", "4 values"]),
         (records(8), {"kind": "label", "labels_per_client": 1}, 3, ["cannot hold the 4 values", "raise"]),
         (records(8), {"kind": "label", "labels_per_client": 4}, 3, ["3 clients", "which has 2 examples", "fewer"]),
+        (
+            records(8),
+            {"kind": "shards", "shards_per_client": 3},
+            3,
+            ["8 examples", "3 clients x 3 = 9 pieces", "lower"],
+        ),
+        (records(8, 1), {"kind": "shards"}, 2, ["'category' has one value"]),
         (records(8), {"kind": "dirichlet", "alpha": 1, "min_examples": 5}, 2, ["alpha 1", "at least 5", "of 8"]),
         (records(40), {"kind": "dirichlet", "alpha": 1e-5}, 8, ["raise alpha", "lower min_examples", "fewer clients"]),
         (records(9), {"kind": "size", "sizes": "exponential"}, 6, ["exponential sizes", "6 clients", "fewer clients"]),

@@ -17,19 +17,20 @@ from torch.nn import functional as F
 
 from emberfed import events
 from emberfed.costs import Work, training_flops
-from emberfed.data.tokenise import Example, Shard, ShardReport, collate
+from emberfed.data.tokenise import Example, ResponseShard, ShardReport, collate
 from emberfed.errors import ClientError
 from emberfed.models import lora
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.penalties import Penalty, TailPenalty
 from emberfed.seeds import Seeds
-from emberfed.training import Trainer, TrainingConfig, learning_rate, response_loss, step_count
+from emberfed.tasks import load_task
+from emberfed.training import Trainer, TrainingConfig, learning_rate, step_count
 
 SEEDS = Seeds(11)
 ROUND = 2
 
 
-def shard(examples: int = 10, seed: int = 0) -> Shard:
+def shard(examples: int = 10, seed: int = 0) -> ResponseShard:
     draw = np.random.default_rng(seed)
     made = []
     for _ in range(examples):
@@ -37,7 +38,7 @@ def shard(examples: int = 10, seed: int = 0) -> Shard:
         ids = draw.integers(2, VOCABULARY, size=length).astype(np.int32)
         made.append(Example(ids, int(draw.integers(1, length)), "w3", ""))
     report = ShardReport(examples, sum(example.target_tokens for example in made), 0, 0, 0)
-    return Shard(tuple(made), report, pad_token_id=0)
+    return ResponseShard(tuple(made), report, pad_token_id=0)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def trained(
     model: FoundationModel,
     start: dict[str, torch.Tensor],
     top_k: int = 2,
-    data: Shard | None = None,
+    data: ResponseShard | None = None,
     penalty: Penalty | None = None,
     **options: Any,
 ) -> tuple[dict[str, torch.Tensor], list[events.Event]]:
@@ -98,7 +99,7 @@ def slow_training(
                     logits = model.lm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
                     for position in range(example.prompt_length, len(example.input_ids)):
                         loss = F.cross_entropy(logits[position - 1], ids[0, position]) / targets
-                        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+                        loss.backward(retain_graph=True)
             touched = counter.counts > 0
             gradients = {}
             extra = torch.autograd.grad(term(parameters), list(parameters.values()))
@@ -220,20 +221,20 @@ def test_only_a_mu_above_zero_costs_memory_and_it_is_one_adapter(
 def test_response_loss_is_the_mean_over_targets_only(model: FoundationModel) -> None:
     batch = collate(shard().examples, 0)
     with torch.no_grad():
-        loss, auxiliary, head_tokens = response_loss(model, batch)
+        done = load_task("generation").forward(model, batch)
         logits = model.lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     expected = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    assert float(auxiliary) == 0.0
-    assert head_tokens == len(batch.labels) * int((batch.labels[:, 1:] != -100).any(dim=0).sum())
+    torch.testing.assert_close(done.loss, expected, rtol=1e-5, atol=1e-5)
+    assert float(done.auxiliary) == 0.0
+    assert done.work.head_tokens == len(batch.labels) * int((batch.labels[:, 1:] != -100).any(dim=0).sum())
 
 
 def test_the_models_balance_loss_is_added_at_the_present_k(model: FoundationModel) -> None:
     batch = collate(shard().examples, 0)
     with torch.no_grad(), model.active_experts(3):
-        _, auxiliary, _ = response_loss(model, batch, router_aux_loss_coef=0.5)
+        auxiliary = load_task("generation").forward(model, batch, router_aux_loss_coef=0.5).auxiliary
         output = model.lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_router_logits=True)
     torch.testing.assert_close(auxiliary, 0.5 * output.aux_loss)
     assert float(auxiliary) > 1.4, "0.5 x K x (about 1)"

@@ -12,10 +12,12 @@ import torch
 from builders import tiny_model
 
 from emberfed.clients import Budget, Client
-from emberfed.data.tokenise import Shard, ShardReport
+from emberfed.data.tokenise import ResponseShard, ShardReport
 from emberfed.errors import ClientError, RunFolderError, StorageError
+from emberfed.evaluation import Score, Scores
+from emberfed.evaluation.classes import ClassScore
 from emberfed.method import Method
-from emberfed.records import Bundle, ClientFailed, FitResult, Job, Payload, Reply, TensorSpec
+from emberfed.records import SCORES, Assessment, Bundle, ClientFailed, FitResult, Job, Payload, Reply, TensorSpec
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig
@@ -63,19 +65,40 @@ class _Diary(Method):
     def deploy(self, state: Bundle, model: Any, budget: Budget) -> Any:
         return nullcontext(model)
 
+    def personal(self, model: Any, download: Payload, client: Client, memory: Bundle) -> Any:
+        return nullcontext(memory.tensors.get("days", torch.zeros(1)))
+
     def export(self, state: Bundle, model: Any) -> Mapping[str, bytes]:
         return {}
 
 
 def worker(folder: Path, trouble: str = "") -> Worker:
     method = _Diary(_Options(trouble=trouble), _Options(), Trainer(TrainingConfig()))
-    shard = Shard((), ShardReport(0, 0, 0, 0, 0), 0)
+    shard = ResponseShard((), ShardReport(0, 0, 0, 0, 0), 0)
     clients = {"c1": Client("c1", Budget("phone", 1), 1)}
-    return Worker(method, tiny_model(), clients, lambda _: shard, MemoryFolder(folder), Seeds(0))
+
+    def assess(_: str, days: Any) -> Scores[Score]:
+        return Scores(ClassScore(0.5, 3, float(days) / 10), {})
+
+    return Worker(method, tiny_model(), clients, lambda _: shard, MemoryFolder(folder), Seeds(0), assess)
 
 
 def job(round: int) -> Job:
     return Job(round, "c1", Payload(round, "c1", Bundle()).to_bytes())
+
+
+def test_an_assessment_is_of_what_the_client_keeps_and_changes_nothing(tmp_path: Path) -> None:
+    client = worker(tmp_path)
+    for round in (1, 2):
+        client.answer(job(round))
+    question = Assessment(3, "c1", Payload(3, "c1", Bundle()).to_bytes())
+    for _ in range(2):
+        reply = client.answer(question)
+        assert isinstance(reply, Reply)
+        answer = Payload.from_bytes(reply.upload)
+        assert (answer.round, answer.client, dict(answer.content.tensors)) == (3, "c1", {})
+        assert answer.content.meta[SCORES] == {"accuracy": 0.2, "loss": 0.5, "examples": 3}
+    assert days(client.answer(job(3))) == 3
 
 
 def days(reply: Reply | ClientFailed) -> float:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from emberfed.engine import load_engine
     from emberfed.errors import EmberfedError
     from emberfed.method import Method, aggregate, load_method
+    from emberfed.models.sparse_adapter_files import load_adapter
 
 _HOMES = {
     "EmberfedError": "errors",
@@ -33,6 +34,7 @@ _HOMES = {
     "compare": "arena",
     "evaluate": "api",
     "export": "api",
+    "load_adapter": "models.sparse_adapter_files",
     "load_engine": "engine",
     "load_method": "method",
     "redistribute": "aggregation",
@@ -50,6 +52,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "load_adapter",
     "load_engine",
     "load_method",
     "redistribute",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -10,18 +10,27 @@ import torch
 
 from emberfed.aggregation import LARGEST_VALUE
 from emberfed.errors import EmberfedError, closest
-from emberfed.records import ACTIVATION_COUNTS, Bundle, Json, Payload, Reply, TensorSpec
+from emberfed.records import ACTIVATION_COUNTS, SCORES, Bundle, Json, Payload, Reply, TensorSpec
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the server asked of one client: the round, the tensors the answer must hold, and the K it was given."""
+    """What the server asked of one client.
+
+    Attributes:
+        round: The round.
+        client: Its id.
+        specs: The tensors the answer must hold.
+        top_k: The K it was given.
+        adapter_top_k: The k of a sparse adapter it was given; then activation counts are of that.
+    """
 
     round: int
     client: str
     specs: Mapping[str, TensorSpec]
     top_k: int | None
+    adapter_top_k: int | None = None
 
 
 def problem_of(reply: Reply, asked: Mapping[str, Asked], answered: set[str]) -> tuple[str, str | None]:
@@ -71,8 +80,9 @@ def _meta_problem(meta: Mapping[str, Json], asked: Asked) -> str | None:
         value = meta.get(key)
         if type(value) is not int or not 1 <= value <= _LARGEST_COUNT:
             return f"{key!r} must be a whole number from 1 to {_LARGEST_COUNT}, found {_short(value)}"
-    if meta.get("top_k") != asked.top_k:
-        return f"'top_k' is {meta.get('top_k')!r}, the client was given {asked.top_k}"
+    for key, given in (("top_k", asked.top_k), ("adapter_top_k", asked.adapter_top_k)):
+        if meta.get(key) != given:
+            return f"{key!r} is {meta.get(key)!r}, the client was given {given}"
     stats = meta.get("stats")
     if not isinstance(stats, dict):
         return f"'stats' must be a mapping, found {stats!r}"
@@ -109,10 +119,43 @@ def _tensor_problem(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, Ten
 
 
 def _counts_problem(content: Bundle) -> str | None:
-    """Every token of an honest client goes to exactly K experts of each layer."""
-    counts_LE = content.tensors.get(ACTIVATION_COUNTS)
-    if counts_LE is None or content.meta.get("top_k") is None:
+    """Every token of an honest client goes to exactly K experts of each layer: of the adapter, if the k is its."""
+    counts_LE, meta = content.tensors.get(ACTIVATION_COUNTS), content.meta
+    key = "top_k" if meta.get("adapter_top_k") is None else "adapter_top_k"
+    if counts_LE is None or meta.get(key) is None:
         return None
-    expected = content.meta["tokens"] * content.meta["top_k"]
+    expected = meta["tokens"] * meta[key]
     wrong = [total for total in counts_LE.sum(dim=1).tolist() if total != expected]
-    return f"activation counts of a layer sum to {wrong[0]}, tokens x top_k is {expected}" if wrong else None
+    return f"activation counts of a layer sum to {wrong[0]}, tokens x {key} is {expected}" if wrong else None
+
+
+def scores_problem(reply: Reply, round: int, clients: Collection[str], headline: str) -> str | None:
+    """Return what is wrong with the answer to an assessment, or None: nobody's mean may be spoiled by one client.
+
+    Args:
+        reply: What came.
+        round: Of the assessment.
+        clients: Who was asked.
+        headline: The score that must be there, from 0 to 1.
+    """
+    if reply.client not in clients:
+        return f"was not asked{closest(reply.client, clients)}"
+    try:
+        payload = Payload.from_bytes(reply.upload)
+    except EmberfedError as error:
+        return str(error)
+    if (payload.client, payload.round) != (reply.client, round):
+        return f"payload says it comes from {payload.client!r} in round {payload.round}"
+    scores = payload.content.meta.get(SCORES)
+    if payload.content.tensors or not isinstance(scores, dict):
+        return "the answer must hold scores and no tensors"
+    value: Json = scores.get(headline)
+    loss: Json = scores.get("loss")
+    examples: Json = scores.get("examples")
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        return f"{headline!r} must be a number from 0 to 1, found {_short(value)}"
+    if loss is not None and (type(loss) not in (int, float) or not 0 <= loss < _LARGEST_FIGURE):
+        return f"'loss' must be null or a number from 0 below {_LARGEST_FIGURE:g}, found {_short(loss)}"
+    if type(examples) is not int or not 1 <= examples <= _LARGEST_COUNT:
+        return f"'examples' must be a whole number from 1 to {_LARGEST_COUNT}, found {_short(examples)}"
+    return None

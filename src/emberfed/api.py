@@ -14,7 +14,7 @@ from emberfed import assembly, clients, config, events, rounds, storage
 from emberfed.checkpoint import RunFolder, check_free
 from emberfed.config import RunConfig
 from emberfed.errors import ConfigError, RunFolderError
-from emberfed.models import merging, peft_layout
+from emberfed.models import merging, peft_layout, sparse_adapter_files
 from emberfed.models.loading import cpu_threads, load
 from emberfed.records import Json
 from emberfed.report import write_report
@@ -99,13 +99,18 @@ def go_on(checked: RunConfig, folder: RunFolder, materials: assembly.Materials, 
 
 
 def evaluate(
-    path: str | Path, *, top_k: Sequence[int] | None = None, listen: events.Listener = events.ignore
+    path: str | Path,
+    *,
+    top_k: Sequence[int] | None = None,
+    adapter_top_k: Sequence[int] | None = None,
+    listen: events.Listener = events.ignore,
 ) -> list[dict[str, Json]]:
     """Evaluate a run's newest whole round on the held-out split; one line per budget, as in metrics.jsonl.
 
     Args:
         path: The run's folder.
         top_k: Numbers of active experts; None: those of the run's tiers.
+        adapter_top_k: The same of a sparse adapter's experts, at the checkpoint's own `top_k`; not both.
         listen: Hears of progress.
 
     Raises:
@@ -113,8 +118,7 @@ def evaluate(
     """
     folder = RunFolder.open(Path(path))
     checked = config.load(folder.path / "config.yaml")
-    if top_k is not None and not (top_k and all(isinstance(k, int) and k >= 1 for k in top_k)):
-        raise ConfigError(f"top_k {list(top_k)}: expected whole numbers from 1, such as [1, 2, 4, 8]")
+    tiers = _asked_tiers(top_k, adapter_top_k)
     if not folder.rounds():
         raise RunFolderError(f"{path} holds no whole round yet; go on with `emberfed resume {path}`")
     with _reopened(folder, checked, assembly.Materials()) as material:
@@ -124,18 +128,29 @@ def evaluate(
         for problem in problems:
             listen(events.Notice("warning", f"{problem}; evaluating round {round}"))
         federation = assembly.federate(checked, folder, material, listen)
-        if top_k is not None:
-            tiers = [clients.Tier(name=f"K={k}", share=1 / len(top_k), top_k=k) for k in top_k]
+        if tiers:
             budgets = clients.resolve(tiers, material.model.native_top_k, material.model.largest_top_k)
             federation = replace(federation, evaluated=tuple(budgets))
         return rounds.evaluate_tiers(federation, state, round, listen)
+
+
+def _asked_tiers(top_k: Sequence[int] | None, adapter_top_k: Sequence[int] | None) -> list[clients.Tier]:
+    """Return a tier for each number of active experts asked for; none if nothing was. Raises: ConfigError."""
+    if top_k is not None and adapter_top_k is not None:
+        raise ConfigError("give top_k or adapter_top_k, not both")
+    for name, values in (("top_k", top_k), ("adapter_top_k", adapter_top_k)):
+        if values is not None and not (values and all(isinstance(k, int) and k >= 1 for k in values)):
+            raise ConfigError(f"{name} {list(values)}: expected whole numbers from 1, such as [1, 2, 4, 8]")
+    if adapter_top_k is not None:
+        return [clients.Tier(name=f"k={k}", share=1 / len(adapter_top_k), adapter_top_k=k) for k in adapter_top_k]
+    return [] if top_k is None else [clients.Tier(name=f"K={k}", share=1 / len(top_k), top_k=k) for k in top_k]
 
 
 def export(
     run: str | Path,
     *,
     output: str | Path,
-    format: Literal["peft", "merged"] = "peft",
+    format: Literal["peft", "adapter", "merged"] = "peft",
     round: int | None = None,
 ) -> Path:
     """Write a round's global model for other programs, and return the folder.
@@ -144,23 +159,32 @@ def export(
         run: The run's folder.
         output: The folder to write, absent or empty, not among a run's rounds. It appears only when all of it is
             written.
-        format: `peft` is the adapter, for `PeftModel.from_pretrained`; `merged` is the base with the adapter added to
-            its weights, a checkpoint for `AutoModelForCausalLM.from_pretrained`. Its numbers are in `model.dtype` of
+        format: `peft` is a LoRA, for `PeftModel.from_pretrained`; `adapter` is an adapter beside the FFN (FFT-MoE,
+            dense adapter) or a head alone, for `emberfed.load_adapter`; `merged` is the base with the LoRA added to its
+            weights, a checkpoint for `AutoModelForCausalLM.from_pretrained`. Its numbers are in `model.dtype` of
             the run; 16-bit ones round what was added. A base that the run quantised is loaded unquantised for it.
         round: Which round; None: the newest whole one.
 
     Raises:
         EmberfedError: one of its kinds.
     """
-    if format not in ("peft", "merged"):
-        raise ConfigError(f"export format {format!r} is unknown; there are 'merged' and 'peft'")
+    if format not in ("peft", "adapter", "merged"):
+        raise ConfigError(f"export format {format!r} is unknown; there are 'adapter', 'merged' and 'peft'")
     folder, target = RunFolder.open(Path(run)), Path(output).absolute()
     checked = config.load(folder.path / "config.yaml")
     check_free(target)
     _check_not_among_rounds(target)
     source, files = _exported(folder, _chosen_round(folder, round))
+    beside = sparse_adapter_files.is_ours(files[peft_layout.CONFIG_FILE])
+    if beside != (format == "adapter"):
+        raise ConfigError(
+            f"{run} has an adapter beside the FFN, which is neither PEFT's nor can be merged; export it with format "
+            f"adapter"
+            if beside
+            else f"{run} has a LoRA, which is no adapter beside the FFN; export it with format peft or merged"
+        )
     with storage.new_folder(target) as filled:
-        if format == "peft":
+        if format != "merged":
             for name, data in files.items():
                 storage.write(filled / name, data)
         else:

@@ -11,24 +11,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, final
 
+import datasets
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase
 
 import emberfed
 from emberfed import clients, events
 from emberfed.checkpoint import RunFolder
 from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig
+from emberfed.data.corpus import Corpus
 from emberfed.data.inspect import Inspection, inspect
-from emberfed.data.loading import Corpus, load
-from emberfed.data.partition import Partition, partition
-from emberfed.data.tokenise import Shard, check_vocabulary, tokenise
+from emberfed.data.partition import Partition, partition, split_client
+from emberfed.data.shard import Shard
 from emberfed.errors import RunFolderError
+from emberfed.evaluation import Score, Scores
 from emberfed.models.config import ModelConfig
 from emberfed.models.fingerprint import fingerprint
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.models.loading import load as load_model
 from emberfed.records import Json
 from emberfed.rounds import Federation
 from emberfed.seeds import Seeds
@@ -39,13 +39,27 @@ from emberfed.worker import MemoryFolder, Worker
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Material:
-    """Model and data of a configuration, loaded, divided and tokenised."""
+    """Model and data of a configuration, loaded, divided and made into examples.
+
+    Attributes:
+        model: The model.
+        processor: What makes its inputs of records.
+        corpus: All records.
+        partition: Who holds which.
+        shards: What each client trains on, by its id.
+        held_out: What each client keeps for evaluating its own model; empty if `data.client_test_share` is 0.
+        test: Held out on the server.
+        inspection: What clients hold, in figures.
+        clients: All clients.
+        budgets: Those of all tiers.
+    """
 
     model: FoundationModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
     corpus: Corpus
     partition: Partition
     shards: Mapping[str, Shard]
+    held_out: Mapping[str, Shard]
     test: Shard
     inspection: Inspection
     clients: tuple[Client, ...]
@@ -54,12 +68,14 @@ class Material:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class _Data:
-    """The part of the material that was made of the data section, with the tokenizer."""
+class Divided:
+    """The part of the material that is made of the data section, with the model's processor."""
 
+    processor: Any
     corpus: Corpus
     partition: Partition
     shards: Mapping[str, Shard]
+    held_out: Mapping[str, Shard]
     test: Shard
     inspection: Inspection
 
@@ -70,51 +86,75 @@ class Materials:
 
     def __init__(self) -> None:
         """Nothing is loaded yet."""
-        self._models: dict[ModelConfig, tuple[FoundationModel, PreTrainedTokenizerBase]] = {}
-        self._data: dict[str, _Data] = {}
+        self._models: dict[str, FoundationModel] = {}
+        self._data: dict[str, Divided] = {}
 
     def gather(self, config: RunConfig) -> Material:
         """Load and check everything a run needs. Raises: ConfigError, DataError, ModelError."""
         seeds = Seeds(config.seed)
-        model, tokenizer = self._model(config)
-        check_vocabulary(tokenizer, model.shape.vocabulary)
+        data = self._divided(config, seeds)
+        model = self._model(config, data)
         check_possible(model, config.training)
         budgets = clients.resolve(config.clients.tiers, model.native_top_k, model.largest_top_k)
-        data = self._divided(config, tokenizer, seeds)
         sizes = {id_: len(shard.examples) for id_, shard in data.shards.items()}
         enrolled = clients.enrol(sizes, config.clients, model.native_top_k, model.largest_top_k, seeds)
         return Material(
             model,
-            tokenizer,
+            data.processor,
             data.corpus,
             data.partition,
             data.shards,
+            data.held_out,
             data.test,
             data.inspection,
             enrolled,
             tuple(budgets),
         )
 
-    def _model(self, config: RunConfig) -> tuple[FoundationModel, PreTrainedTokenizerBase]:
-        key = model_key(config)
+    def _model(self, config: RunConfig, data: Divided) -> FoundationModel:
+        key = repr((config.data.task, model_key(config), data.corpus.classes))
         if key not in self._models:
             self._models.clear()  # before the next one is loaded: two may not fit
-            self._models[key] = load_model(config.model)
+            self._models[key] = config.task.model(config.model, data.processor, data.corpus.classes)
         return self._models[key]
 
-    def _divided(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, seeds: Seeds) -> _Data:
+    def _divided(self, config: RunConfig, seeds: Seeds) -> Divided:
         key = data_key(config)
         if key not in self._data:
             self._data.clear()
-            corpus = load(config.data, seeds)
-            divided = partition(corpus.train, config.data.partition, config.clients.count, seeds)
-            shards = {
-                id_: tokenise(corpus.train.select(rows), tokenizer, config.data, id_)
-                for id_, rows in divided.rows.items()
-            }
-            test = tokenise(corpus.test, tokenizer, config.data, "test split")
-            self._data[key] = _Data(corpus, divided, shards, test, inspect(corpus, divided, shards))
+            self._data[key] = divide(config, seeds)
         return self._data[key]
+
+
+def divide(config: RunConfig, seeds: Seeds) -> Divided:
+    """Load data, divide it over clients and make examples of it. Raises: ConfigError, DataError, ModelError."""
+    task, section = config.task, config.data
+    processor = task.processor(config.model)
+    corpus = task.corpus(section, seeds)
+    divided = partition(corpus.train, section.partition, config.clients.count, seeds)
+    training, held_out = _kept_apart(divided, section.client_test_share, seeds)
+
+    def shard(records: datasets.Dataset, where: str) -> Shard:
+        return task.shard(records, processor, section, corpus.classes, where)
+
+    shards = {id_: shard(corpus.train.select(rows), id_) for id_, rows in training.items()}
+    own = {id_: shard(corpus.train.select(rows), f"{id_} (kept apart)") for id_, rows in held_out.items()}
+    test = shard(corpus.test, "test split")
+    return Divided(processor, corpus, divided, shards, own, test, inspect(corpus, divided, shards))
+
+
+def _kept_apart(divided: Partition, share: float, seeds: Seeds) -> tuple[_Rows, _Rows]:
+    """Return the rows that clients train on, and those they keep for evaluation; no client keeps any if the share is 0.
+
+    Raises: DataError if a client has too few.
+    """
+    if share == 0:
+        return divided.rows, {}
+    parts = {id_: split_client(id_, rows, share, seeds) for id_, rows in divided.rows.items()}
+    return {id_: training for id_, (training, _) in parts.items()}, {id_: kept for id_, (_, kept) in parts.items()}
+
+
+_Rows = Mapping[str, tuple[int, ...]]
 
 
 def model_key(config: RunConfig) -> ModelConfig:
@@ -123,9 +163,9 @@ def model_key(config: RunConfig) -> ModelConfig:
 
 
 def data_key(config: RunConfig) -> str:
-    """Return what runs that share divided and tokenised data agree on."""
-    tokenizer = config.model.tokenizer or config.model.path, config.model.revision
-    return repr((config.seed, config.data, config.clients.count, tokenizer))
+    """Return what runs that share divided data, made into examples, agree on."""
+    processor = config.model.tokenizer or config.model.path, config.model.revision
+    return repr((config.seed, config.data, config.clients.count, processor))
 
 
 def gather(config: RunConfig) -> Material:
@@ -207,7 +247,12 @@ def federate(
 ) -> Federation:
     """Put the parts together."""
     seeds = Seeds(config.seed)
+    task = config.task
     method = config.method_type(config.method, config.adapter, Trainer(config.training, listen))
+
+    def assess(client: str, model: FoundationModel) -> Scores[Score]:
+        return task.evaluate(model, material.processor, material.held_out[client], config.evaluation, _unheard)
+
     worker = Worker(
         method=method,
         model=material.model,
@@ -215,6 +260,7 @@ def federate(
         shards=material.shards.__getitem__,
         memory=MemoryFolder(folder.path / "memory"),
         seeds=seeds,
+        assess=assess,
     )
     return Federation(
         rounds=config.training.rounds,
@@ -222,15 +268,21 @@ def federate(
         method=method,
         engine=config.engine_type(config.engine, worker.answer),
         model=material.model,
-        tokenizer=material.tokenizer,
+        task=task,
+        processor=material.processor,
         clients=material.clients,
         participation=config.clients,
         budgets=material.budgets,
         evaluated=tuple(budget for budget in material.budgets if config.evaluation.includes(budget.tier)),
         test=material.test,
+        personal=bool(material.held_out),
         evaluation=config.evaluation,
         keep_uploads=config.output.keep_uploads,
     )
+
+
+def _unheard(done: int, total: int) -> None:
+    """Hear of no progress: a client does not tell it."""
 
 
 def _identity(model: FoundationModel) -> dict[str, Json]:
@@ -249,10 +301,11 @@ def _identity(model: FoundationModel) -> dict[str, Json]:
 def partition_record(material: Material) -> dict[str, Json]:
     """Return what partition.json keeps: who got which rows, and what they hold."""
     digests = {id_: shard.digest() for id_, shard in material.shards.items()}
+    kept = {f"{id_} (kept apart)": shard.digest() for id_, shard in material.held_out.items()}
     return {
         **material.partition.json(),
         "clients": material.inspection.clients_json(),
-        "sha256": {**digests, "test split": material.test.digest()},
+        "sha256": {**digests, **kept, "test split": material.test.digest()},
     }
 
 
@@ -272,11 +325,19 @@ def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json
         },
         "versions": versions(),
         "hardware": hardware(),
+        "metric": config.task.metric.key,
+        "experts": config.method_type.experts,
         "model": {"path": config.model.path, **_identity(material.model)},
         "data": material.inspection.totals_json(),
         "settings": fixed_settings(config),
         "tiers": [
-            {"name": budget.tier, "top_k": budget.top_k, "share": share[budget.tier]} for budget in material.budgets
+            {
+                "name": budget.tier,
+                "top_k": budget.top_k,
+                "share": share[budget.tier],
+                **{key: value for key in ("rank", "adapter_top_k") if (value := getattr(budget, key)) is not None},
+            }
+            for budget in material.budgets
         ],
     }
 

@@ -23,6 +23,8 @@ class Tier(Section):
         top_k: Experts activated per token.
         beta: Instead of `top_k`: K = floor(K_max * beta), at least 1, K_max the checkpoint's own K (A3SMoE).
         rank: LoRA rank, for methods that vary it.
+        adapter_top_k: Experts of a sparse adapter activated per token, for methods that have one. A tier with it may
+            leave out `top_k` and `beta`, and then has the checkpoint's own K (1 in a dense model).
     """
 
     name: str = Field(pattern=r"^[\w.=-]+$")
@@ -30,10 +32,12 @@ class Tier(Section):
     top_k: int | None = Field(None, ge=1)
     beta: float | None = Field(None, gt=0, le=1)
     rank: int | None = Field(None, ge=1)
+    adapter_top_k: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _one_of_top_k_and_beta(self) -> Self:
-        if (self.top_k is None) == (self.beta is None):
+        neither = self.top_k is None and self.beta is None
+        if (self.top_k is None) == (self.beta is None) and not (neither and self.adapter_top_k is not None):
             raise ValueError(f"tier {self.name!r} needs exactly one of top_k and beta")
         return self
 
@@ -80,11 +84,19 @@ class ClientsConfig(Section):
 @final
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a device can afford: the tier's name, active experts per token, LoRA rank if the tier gives one."""
+    """What a device can afford.
+
+    Attributes:
+        tier: The tier's name.
+        top_k: Active experts per token.
+        rank: LoRA rank, if the tier gives one.
+        adapter_top_k: Active experts of a sparse adapter per token, if the tier gives them.
+    """
 
     tier: str
     top_k: int
     rank: int | None = None
+    adapter_top_k: int | None = None
 
 
 @final
@@ -107,7 +119,8 @@ def resolve(tiers: Sequence[Tier], native_top_k: int, largest_top_k: int) -> lis
     """Return each tier's budget on a model. Raises: ConfigError if a K is larger than the model allows."""
     budgets = []
     for tier in tiers:
-        top_k = tier.top_k if tier.top_k is not None else max(1, math.floor(native_top_k * (tier.beta or 0) + 1e-9))
+        beta = 1.0 if tier.beta is None else tier.beta
+        top_k = tier.top_k if tier.top_k is not None else max(1, math.floor(native_top_k * beta + 1e-9))
         if top_k > largest_top_k:
             limit = (
                 f"send a token to {largest_top_k} experts at most; choose 1 to {largest_top_k}"
@@ -115,7 +128,7 @@ def resolve(tiers: Sequence[Tier], native_top_k: int, largest_top_k: int) -> lis
                 else "activate one only, as dense models do; set top_k: 1, or give beta"
             )
             raise ConfigError(f"clients.tiers: tier {tier.name!r} has top_k {top_k}, the model can {limit}")
-        budgets.append(Budget(tier.name, top_k, tier.rank))
+        budgets.append(Budget(tier.name, top_k, tier.rank, tier.adapter_top_k))
     return budgets
 
 

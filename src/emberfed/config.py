@@ -12,13 +12,14 @@ import yaml
 from pydantic import Field
 
 from emberfed.clients import ClientsConfig
-from emberfed.data.config import DataConfig
+from emberfed.data.config import CorpusConfig
 from emberfed.engine import Engine, load_engine
 from emberfed.errors import ConfigError, closest, one_of
 from emberfed.evaluation import EvaluationConfig
 from emberfed.method import Method, load_method
 from emberfed.models.config import ModelConfig
 from emberfed.sections import Section, override, read_yaml, validate
+from emberfed.tasks import Task, load_task, task_names
 from emberfed.training import TrainingConfig
 
 
@@ -43,7 +44,7 @@ class _Sections(Section):
     model: ModelConfig = ModelConfig()
     adapter: dict[str, Any] = Field(default_factory=dict)
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "a3smoe"})
-    data: DataConfig = DataConfig()
+    data: dict[str, Any] = Field(default_factory=dict)
     clients: ClientsConfig
     training: TrainingConfig = TrainingConfig()
     engine: dict[str, Any] = Field(default_factory=lambda: {"name": "local"})
@@ -61,7 +62,7 @@ class RunConfig:
     method_name: str
     method: Section
     adapter: Section
-    data: DataConfig
+    data: CorpusConfig
     clients: ClientsConfig
     training: TrainingConfig
     engine_name: str
@@ -73,6 +74,11 @@ class RunConfig:
     def method_type(self) -> type[Method]:
         """The method's class."""
         return load_method(self.method_name)
+
+    @property
+    def task(self) -> Task:
+        """What the model is trained to do."""
+        return load_task(self.data.task)
 
     @property
     def engine_type(self) -> type[Engine]:
@@ -124,7 +130,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
         method_name=method_name,
         method=validate(method.Config, method_values, "method"),
         adapter=validate(method.AdapterConfig, sections.adapter, "adapter"),
-        data=sections.data,
+        data=_data(sections.data),
         clients=sections.clients,
         training=sections.training,
         engine_name=engine_name,
@@ -142,6 +148,16 @@ def _check_evaluated(evaluation: EvaluationConfig, clients: ClientsConfig) -> No
             raise ConfigError(
                 f"'evaluation.tiers': no tier is called {name!r}{closest(name, names)} (there are {one_of(names)})"
             )
+
+
+def _data(section: Mapping[str, Any]) -> CorpusConfig:
+    """Check the section of data, whose task says which keys it has. Raises: ConfigError."""
+    task = section.get("task", "generation")
+    if task not in task_names():
+        raise ConfigError(
+            f"'data.task': unknown {task!r}{closest(str(task), task_names())} (there are {one_of(task_names())})"
+        )
+    return validate(load_task(task).Config, {**section, "task": task}, "data")
 
 
 def _named(section: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 torch's own FLOP counter misses grouped matrix products and slows small models down; the formulas here take the
 positions and assignments that were really computed and are tested against that counter where it can see.
 
-A model is walked once from the embedding to the head. Each product is told apart by what autograd forms of it: a frozen
+A model is walked once from its input to the head. Each product is told apart by what autograd forms of it: a frozen
 matrix costs one more product backward (the gradient of its input) if its input depends on the adapter, a trained one
 another for itself. Nothing below the lowest adapted weight is differentiated.
 """
@@ -11,7 +11,7 @@ another for itself. Nothing below the lowest adapted weight is differentiated.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -22,6 +22,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from emberfed.models.families import GATED_LINEARS
 from emberfed.models.foundation_model import ModelShape
 from emberfed.models.routed_lora import MATRICES
 
@@ -36,7 +37,8 @@ class Work:
         routed_tokens: Those of them that went to experts: padding does not.
         attended_pairs: (query, key) pairs per head and layer: sum of batch x length squared.
         top_k: Experts activated per token.
-        head_tokens: Positions whose logits were computed.
+        head_tokens: Positions whose logits were computed; in a classifier examples.
+        adapter_rows: Assignments of positions to experts of a sparse adapter, in each layer that has it.
     """
 
     tokens: int
@@ -44,9 +46,10 @@ class Work:
     attended_pairs: int
     top_k: int
     head_tokens: int
+    adapter_rows: int = 0
 
     @staticmethod
-    def of_batch(sequences: int, length: int, top_k: int, head_tokens: int) -> Work:
+    def of_batch(sequences: int, length: int, top_k: int, head_tokens: int, adapter_top_k: int = 0) -> Work:
         """Return the work of one forward pass over sequences of that many tokens each, none of them padding."""
         tokens = sequences * length
         return Work(
@@ -55,6 +58,7 @@ class Work:
             attended_pairs=tokens * length,
             top_k=top_k,
             head_tokens=head_tokens,
+            adapter_rows=tokens * adapter_top_k,
         )
 
     def __add__(self, other: Work) -> Work:
@@ -67,6 +71,7 @@ class Work:
             attended_pairs=self.attended_pairs + other.attended_pairs,
             top_k=self.top_k,
             head_tokens=self.head_tokens + other.head_tokens,
+            adapter_rows=self.adapter_rows + other.adapter_rows,
         )
 
 
@@ -130,11 +135,12 @@ _Products = Generator[_Product, None, bool]
 
 def _products(shape: ModelShape, work: Work, adapter: Mapping[str, Tensor]) -> Iterator[_Product]:
     walk = _Walk(shape, work, adapter)
+    if shape.image is not None:
+        yield _Product(2 * work.head_tokens * shape.image.patches * shape.image.patch_values * shape.hidden, 0)
     live = False
     for layer in range(shape.num_layers):
         live = yield from walk.layer(layer, live)
-    head = 2 * work.head_tokens * shape.hidden * shape.vocabulary
-    yield _Product(head, head * live)
+    yield from walk.head(live)
 
 
 def _collect(part: _Products) -> tuple[list[_Product], bool]:
@@ -159,17 +165,51 @@ class _Walk:
     def layer(self, layer: int, live: bool) -> _Products:
         """One decoder layer."""
         attended = yield from self._attention(f"layers.{layer}.self_attn", live)
-        live = live or attended
+        before = live or attended
+        live = live if self.shape.parallel_residual else before
+        beside = yield from self._sparse_adapter(f"layers.{layer}.adapter", live)
+        through = yield from self._ffn(layer, live)
+        return before or beside or through
+
+    def head(self, live: bool) -> _Products:
+        """What makes logits of the last layer's output; a classifier's head is trained if the adapter has it."""
+        if not self.shape.head:
+            logits = 2 * self.work.head_tokens * self.shape.hidden * self.shape.vocabulary
+            yield _Product(logits, logits * live)
+            return live
+        if self.shape.pooler is not None:
+            pooled = 2 * self.work.head_tokens * prod(self.shape.pooler)
+            yield _Product(pooled, pooled * live)
+        for name, size in self.shape.head.items():
+            flops, trained = 2 * self.work.head_tokens * prod(size), name in self.adapter
+            yield _Product(flops, flops * (live + trained))
+            live = live or trained
+        return live
+
+    def _ffn(self, layer: int, live: bool) -> _Products:
         if layer in self.shape.dense_layers:
-            through = yield from self._mlp(f"layers.{layer}.mlp", self.shape.dense_intermediate, live)
-            return live or through
+            return (yield from self._mlp(f"layers.{layer}.mlp", self.shape.mlp, self.shape.dense_intermediate, live))
         gates = yield from self._router(f"layers.{layer}.router.weight", live)
         through = yield from self._experts(f"layers.{layer}.experts", live, gates)
         shared = False
         if self.shape.shared_intermediate:
             path = f"layers.{layer}.shared_experts"
-            shared = yield from self._mlp(path, self.shape.shared_intermediate, live)
+            shared = yield from self._mlp(path, GATED_LINEARS, self.shape.shared_intermediate, live)
         return live or through or shared
+
+    def _sparse_adapter(self, path: str, live: bool) -> _Products:
+        """Experts beside the FFN, trained in full, and the gate that chooses among them where there are several."""
+        down = self.adapter.get(f"{path}.experts.down_proj")
+        if down is None:
+            return False
+        gate = self.adapter.get(f"{path}.router.weight")
+        if gate is not None:
+            chosen = 2 * self.work.tokens * gate.numel()
+            yield _Product(chosen, chosen * (1 + live))
+        product = 2 * self.work.adapter_rows * down[0].numel()
+        yield _Product(product, product * (1 + live))
+        yield _Product(product, product * 2)
+        return True
 
     def _linear(self, path: str, weights: int, live: bool) -> _Products:
         frozen = 2 * self.work.tokens * weights
@@ -183,25 +223,19 @@ class _Walk:
 
     def _attention(self, path: str, live: bool) -> _Products:
         shape, pairs = self.shape, self.work.attended_pairs
-        sizes = {name: prod(size) for name, size in shape.attention.items()}
-
-        def linear(name: str, live: bool) -> _Products:
-            return self._linear(f"{path}.{name}", sizes[name], live)
-
-        if "q_a_proj" in sizes:  # latent: compressed, and restored
-            query = yield from linear("q_b_proj", (yield from linear("q_a_proj", live)))
-        else:
-            query = yield from linear("q_proj", live)
-        if "kv_b_proj" in sizes:
-            key = value = yield from linear("kv_b_proj", (yield from linear("kv_a_proj_with_mqa", live)))
-        else:
-            key = yield from linear("k_proj", live)
-            value = yield from linear("v_proj", live)
+        made: dict[tuple[str, ...], bool] = {}  # one chain of linears may make two of the three, or all of them
+        for chain in (shape.query, shape.key, shape.value):
+            if chain not in made:
+                through = live
+                for name in chain:
+                    through = yield from self._linear(f"{path}.{name}", prod(shape.attention[name]), through)
+                made[chain] = through
+        query, key, value = made[shape.query], made[shape.key], made[shape.value]
         scores = query or key
         score_flops, mix_flops = (2 * pairs * shape.heads * size for size in (shape.qk_head_dim, shape.v_head_dim))
         yield _Product(score_flops, score_flops * (query + key))
         yield _Product(mix_flops, mix_flops * (scores + value))
-        return (yield from linear("o_proj", scores or value))
+        return (yield from self._linear(f"{path}.{shape.output}", prod(shape.attention[shape.output]), scores or value))
 
     def _router(self, name: str, live: bool) -> _Products:
         flops, trained = 2 * self.work.tokens * self.shape.hidden * self.shape.num_experts, name in self.adapter
@@ -222,11 +256,13 @@ class _Walk:
             yield _Product(high, high * 2)
         return differentiated
 
-    def _mlp(self, path: str, intermediate: int, live: bool) -> _Products:
+    def _mlp(self, path: str, linears: Sequence[str], intermediate: int, live: bool) -> _Products:
         weights = self.shape.hidden * intermediate
-        gate = yield from self._linear(f"{path}.gate_proj", weights, live)
-        up = yield from self._linear(f"{path}.up_proj", weights, live)
-        return (yield from self._linear(f"{path}.down_proj", weights, gate or up))
+        *inner, outer = linears
+        reached = live
+        for name in inner:
+            reached = (yield from self._linear(f"{path}.{name}", weights, live)) or reached
+        return (yield from self._linear(f"{path}.{outer}", weights, reached))
 
 
 @final

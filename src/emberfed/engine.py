@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 from emberfed import plugins
-from emberfed.records import ClientFailed, Job, Reply
+from emberfed.records import Assessment, ClientFailed, Job, Reply
 from emberfed.sections import Section
 
-Answer = Callable[[Job], Reply | ClientFailed]
+Answer = Callable[[Job | Assessment], Reply | ClientFailed]
 """What a client does with a job: `worker.Worker.answer`."""
 
 
@@ -29,7 +29,7 @@ class Engine(ABC):
         self.answer = answer
 
     @abstractmethod
-    def map(self, jobs: Iterable[Job]) -> Iterator[Reply | ClientFailed]:
+    def map(self, jobs: Iterable[Job | Assessment]) -> Iterator[Reply | ClientFailed]:
         """Run the jobs; replies come in any order. A failure is a value: not an exception, not silence.
 
         `jobs` is taken lazily, so that downloads of many clients need not sit in memory together.

@@ -52,7 +52,7 @@ class EvaluationProgress:
 @final
 @dataclass(frozen=True, slots=True)
 class RoundDone:
-    """A round is on disk; `quality` is ROUGE-L by tier name, empty if this round was not evaluated."""
+    """A round is on disk; `quality` is the headline metric by tier name, empty if this round was not evaluated."""
 
     round: int
     quality: dict[str, float]

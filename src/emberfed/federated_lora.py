@@ -7,24 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Self, final
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor, int64
+from torch import Tensor
 
-from emberfed import server_optimizer
-from emberfed.aggregation import ActivationRule, Frequency, Update, Weights
+from emberfed import federated
+from emberfed.aggregation import ActivationRule, Frequency
 from emberfed.clients import Budget, Client
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.errors import ConfigError
 from emberfed.models import lora
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.gating import Rescale
 from emberfed.penalties import Penalty
-from emberfed.records import ACTIVATION_COUNTS, Bundle, Json, Payload, TensorSpec
+from emberfed.records import Bundle, Json, Payload
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
-from emberfed.server_optimizer import ServerOptimizerConfig
 from emberfed.training import Trainer
 
 GateOption = Literal["native", "renormalised"]
@@ -121,18 +120,6 @@ def initial(model: FoundationModel, adapter: lora.LoraConfig, rank: int, whose: 
     return lora.initial(model, adapter.model_copy(update={"rank": rank}), seeds.torch("adapter"))
 
 
-def adapter_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that are the adapter's."""
-    return {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
-
-
-def specs(tensors: Mapping[str, Tensor], meta: Mapping[str, Json]) -> dict[str, TensorSpec]:
-    """Return what an answer must hold: these tensors, trained, and the activation counts if the model has experts."""
-    wanted = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    shape = (len(meta["sparse_layers"]), meta["num_experts"])
-    return {**wanted, **({ACTIVATION_COUNTS: TensorSpec(shape, int64)} if meta["sparse_layers"] else {})}
-
-
 def train(
     trainer: Trainer,
     model: FoundationModel,
@@ -153,11 +140,7 @@ def train(
     with model.active_experts(top_k, gate, rescale), lora.attached(model, tensors, alpha) as adapter:
         stats = trainer.train(model, adapter, shard, download.client, download.round, seeds, penalty)
         trained = adapter.tensors()
-    counts = {ACTIVATION_COUNTS: stats.counts_LE} if model.blocks else {}
-    rank = next(tensor.shape[-2] for name, tensor in trained.items() if name.endswith(".lora_A"))
-    told = {**stats.json(), "rank": rank}
-    meta = {"examples": len(shard.examples), "tokens": stats.tokens, "top_k": top_k, "stats": told}
-    return Bundle({**trained, **counts}, meta)
+    return federated.upload(trained, stats, shard, {"top_k": top_k})
 
 
 @contextmanager
@@ -172,57 +155,3 @@ def deployed(
     """Run the model with an adapter and K active experts inside the context."""
     with model.active_experts(top_k, gate, rescale), lora.attached(model, tensors, alpha):
         yield model
-
-
-def updates_of(uploads: Sequence[Payload], meta: Mapping[str, Json]) -> list[Update]:
-    """Return uploads as aggregation sees them; tensors are still read only when asked for."""
-    return [
-        Update(
-            client=upload.client,
-            tensors=_Adapter(upload.content.tensors),
-            examples=upload.content.meta["examples"],
-            tokens=upload.content.meta["tokens"],
-            top_k=upload.content.meta["top_k"],
-            activations=_activations(upload.content, meta),
-        )
-        for upload in uploads
-    ]
-
-
-def _activations(content: Bundle, meta: Mapping[str, Json]) -> dict[str, Tensor]:
-    if not meta["sparse_layers"]:
-        return {}
-    rows = content.tensors[ACTIVATION_COUNTS].unbind()
-    return {f"layers.{layer}.experts.": row for layer, row in zip(meta["sparse_layers"], rows, strict=True)}
-
-
-@final
-class _Adapter(Mapping[str, Tensor]):
-    """The adapter's tensors among others, without reading any."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self._names = [name for name in tensors if name.startswith("layers.")]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def stepped(
-    config: ServerOptimizerConfig, state: Bundle, combined: Mapping[str, Tensor], updates: Sequence[Update]
-) -> dict[str, Tensor]:
-    """Return the next adapter and the optimiser's memory: `combined` as it is, or taken as a pseudo-gradient.
-
-    Experts that nobody used keep their bits, and their moments.
-    """
-    weights = Weights(updates)
-    untouched = {name: ~used_E for name in combined if (used_E := weights.used(name)) is not None}
-    memory = {name: tensor for name, tensor in state.tensors.items() if name.startswith("optimizer.")}
-    tensors, memory = server_optimizer.step(config, adapter_of(state.tensors), combined, memory, untouched)
-    return {**tensors, **memory}

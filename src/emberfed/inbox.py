@@ -41,7 +41,9 @@ class Inbox:
             download = method.dispatch(state, client, self._round)
             specs = method.expects(state, download)
             data = download.to_bytes()
-            self._asked[client.id] = Asked(self._round, client.id, specs, download.content.meta.get("top_k"))
+            meta = download.content.meta
+            given = meta.get("top_k"), meta.get("adapter_top_k")
+            self._asked[client.id] = Asked(self._round, client.id, specs, *given)
             self._bytes_down[client.id] = len(data)
             yield Job(self._round, client.id, data)
 
@@ -95,7 +97,7 @@ class Inbox:
             "round": self._round,
             "client": client.id,
             "tier": client.budget.tier,
-            "top_k": content.meta["top_k"],
+            **{key: content.meta[key] for key in ("top_k", "adapter_top_k") if key in content.meta},
             "examples": content.meta["examples"],
             "bytes_down": self._bytes_down[client.id],
             "bytes_up": len(reply.upload),

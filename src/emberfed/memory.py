@@ -3,8 +3,8 @@
 How much autograd keeps for backward depends on every operation of a decoder layer, and families differ in all of them.
 So it is counted, not derived: a few small forward passes are run, and the distinct tensors that autograd saves are
 added up by layer. Those bytes are a polynomial in the number of sequences B and their length L; six batches fix it, and
-it then holds for every other (a single sequence may keep less, since some copies are then views). The rest are counts
-of tensors.
+it then holds for every other (a single sequence may keep less, since some copies are then views). Images are all of one
+length: two batches do. The rest are counts of tensors.
 
 A step's peak is the largest of these moments. A(l) is what layer l keeps, A(end) what the final norm keeps, G(l) the
 gradients of its part of the adapter, H the logits, X the hidden states of all positions, W what backward of a layer's
@@ -24,20 +24,22 @@ Shapes: L layers with experts, E experts, P parts (decoder layers, and what come
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from operator import attrgetter
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from emberfed.costs import tensor_bytes
-from emberfed.models import lora
+from emberfed.models import lora, sparse_adapter
 from emberfed.models.footprint import memory_by_module, total
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.head import is_head
+from emberfed.models.sparse_adapter_layout import num_experts
+from emberfed.models.trainable import Trainable
 
 _FLOAT32_BYTES = 4
 _SEQUENCES = (2, 3)
@@ -55,12 +57,13 @@ class Step:
     """One optimiser step of local training.
 
     Attributes:
-        sequences: Sequences of one forward pass.
+        sequences: Sequences, or images, of one forward pass.
         length: Positions of each.
-        head_positions: Positions of each whose logits are computed.
+        head_positions: Positions of each whose logits are computed; 1 in a classifier.
         micro_batches: Forward and backward passes per step.
         checkpointing: Whether layers are run again in backward.
         anchored: Whether FedProx holds the adapter to a copy of what it was.
+        adapter_top_k: K of a sparse adapter; 0 if the adapter is LoRA.
     """
 
     sequences: int
@@ -69,6 +72,7 @@ class Step:
     micro_batches: int = 1
     checkpointing: bool = False
     anchored: bool = False
+    adapter_top_k: int = 0
 
 
 @final
@@ -117,26 +121,54 @@ def training_memory(
         model: The model, without an adapter; a few small forward passes are run on it.
         adapter: The adapter's tensors.
         step: The largest step.
-        touched_LE: Boolean (layers with experts, experts), experts that get tokens. None: in a step as many as a router
-            that chooses uniformly would reach on average, and all of them in the course of training.
+        touched_LE: Boolean (layers with experts, experts), experts that get tokens: the model's, or those of a sparse
+            adapter. None: in a step as many as a router that chooses uniformly would reach on average, and all of them
+            in the course of training.
 
-    Raises: ModelError if the adapter does not fit the model.
+    Raises: ModelError if the adapter does not fit the model; ConfigError if its K is impossible.
     """
     weights = total(memory_by_module(model.lm)).stored_bytes
-    with lora.attached(model, adapter, alpha=1.0) as attached:
+    with _attached(model, adapter, step) as attached:
         saved = SavedBytes.count(model, attached.parameters)
-    reached = _reached(model, step) if touched_LE is None else touched_LE.double().mean(dim=1).tolist()
-    ever = [1.0] * model.num_layers if touched_LE is None else reached
-    gradients = _gradient_bytes(model, adapter, reached)
+        groups = attached.trainable_groups()
+    # Bytes of each stacked tensor, with the layer it is in and its layer's row among those with experts.
+    stacked = [(lora.layer_of(views.name), views.row, _bytes(views.stacked)) for views in groups.experts]
+    dense = [0] * (model.shape.num_layers + 1)
+    for name, tensor in groups.dense.items():
+        dense[-1 if is_head(name) else lora.layer_of(name)] += _bytes(tensor)
+
+    def gradient_bytes(share: Callable[[int], float]) -> list[int]:
+        """Return the gradients' bytes of each layer, and then of the head, where a row reaches a share of experts."""
+        sizes = [float(size) for size in dense]
+        for layer, row, size in stacked:
+            sizes[layer] += size * share(row)
+        return [round(size) for size in sizes]
+
+    if touched_LE is None:
+        everywhere = _reached(model, adapter, step)
+        gradients, ever = gradient_bytes(lambda _: everywhere), gradient_bytes(lambda _: 1)
+    else:
+        shares = touched_LE.double().mean(dim=1).tolist()
+        gradients = ever = gradient_bytes(lambda row: shares[row])
     activations, working = _moments(model, step, saved, gradients)
     return TrainingMemory(
         weight_bytes=weights,
         adapter_bytes=tensor_bytes(adapter) * (2 if step.anchored else 1),
-        optimizer_bytes=_ADAM_MOMENTS * sum(_gradient_bytes(model, adapter, ever)),
+        optimizer_bytes=_ADAM_MOMENTS * sum(ever),
         gradient_bytes=sum(gradients),
         activation_bytes=activations,
         working_bytes=working,
     )
+
+
+def _attached(model: FoundationModel, adapter: Mapping[str, Tensor], step: Step) -> AbstractContextManager[Trainable]:
+    if step.adapter_top_k:
+        return sparse_adapter.attached(model, adapter, step.adapter_top_k)
+    return lora.attached(model, adapter, alpha=1.0)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * _FLOAT32_BYTES
 
 
 def _moments(model: FoundationModel, step: Step, saved: SavedBytes, gradients: Sequence[int]) -> tuple[int, int]:
@@ -146,7 +178,8 @@ def _moments(model: FoundationModel, step: Step, saved: SavedBytes, gradients: S
     kept = [hidden if layer else 0 for layer in layers] if step.checkpointing else layers
     below = list(accumulate(kept, initial=0))[:-1]
     present = [under + layer for under, layer in zip(below, layers, strict=True)]
-    formed = list(accumulate(reversed(gradients)))[::-1]
+    # The head's come first, and are there in every layer's backward.
+    formed = list(accumulate(reversed(gradients)))[:0:-1]
     sparse = set(model.shape.sparse_layers)
     experts, mlp = _expert_bytes(model, step), _mlp_bytes(model, step)
     beside = [_HIDDEN * hidden + (experts if layer in sparse else mlp) for layer in range(len(layers))]
@@ -160,20 +193,12 @@ def _moments(model: FoundationModel, step: Step, saved: SavedBytes, gradients: S
     return max(sum(kept) + after, *present), max(earlier + backward_begins, earlier + layers_backward, optimiser)
 
 
-def _reached(model: FoundationModel, step: Step) -> list[float]:
-    """Return the share of experts that a router choosing uniformly reaches on average, for each layer that has them."""
+def _reached(model: FoundationModel, adapter: Mapping[str, Tensor], step: Step) -> float:
+    """Return the share of a layer's experts that a router choosing uniformly reaches on average."""
     tokens = step.sequences * step.length * step.micro_batches
-    return [1 - (1 - model.top_k / model.num_experts) ** tokens] * model.num_layers
-
-
-def _gradient_bytes(model: FoundationModel, adapter: Mapping[str, Tensor], reached: Sequence[float]) -> list[int]:
-    """Return the gradients' bytes of each decoder layer."""
-    share = dict(zip((block.layer for block in model.blocks), reached, strict=True))
-    sizes = [0.0] * model.shape.num_layers
-    for name, tensor in adapter.items():
-        layer = lora.layer_of(name)
-        sizes[layer] += tensor.numel() * _FLOAT32_BYTES * (share[layer] if lora.is_expert(name) else 1)
-    return [round(size) for size in sizes]
+    if step.adapter_top_k:
+        return 1 - (1 - step.adapter_top_k / num_experts(adapter)) ** tokens
+    return 1 - (1 - model.top_k / model.num_experts) ** tokens
 
 
 def _expert_bytes(model: FoundationModel, step: Step) -> int:
@@ -195,11 +220,13 @@ class SavedBytes:
     """What autograd keeps for backward, for any batch.
 
     Attributes:
-        coefficients_PC: float64, rows are the decoder layers and then what comes after them, up to the head; columns
-            the terms of `_terms`.
+        coefficients_PC: float64, rows are the layers and then what comes after them, up to the head; columns the terms
+            of `_terms`.
+        of_images: Whether inputs are images, which are all of one length.
     """
 
     coefficients_PC: Tensor
+    of_images: bool
 
     @staticmethod
     def count(model: FoundationModel, adapter: Mapping[str, Tensor]) -> SavedBytes:
@@ -209,20 +236,25 @@ class SavedBytes:
             model: The model.
             adapter: The attached adapter's own parameters, which are not counted.
         """
-        batches = [(sequences, length) for sequences in _SEQUENCES for length in _LENGTHS]
-        terms_BC = torch.tensor([_terms(*batch) for batch in batches], dtype=torch.float64)
+        image = model.shape.image
+        lengths = _LENGTHS if image is None else (image.positions,)
+        batches = [(sequences, length) for sequences in _SEQUENCES for length in lengths]
+        terms_BC = torch.tensor([_terms(*batch, image is not None) for batch in batches], dtype=torch.float64)
         counts_BP = torch.tensor([count_saved(model, adapter, *batch) for batch in batches], dtype=torch.float64)
-        return SavedBytes(torch.linalg.solve(terms_BC, counts_BP).T)
+        return SavedBytes(torch.linalg.solve(terms_BC, counts_BP).T, image is not None)
 
     def parts(self, sequences: int, length: int) -> tuple[int, ...]:
-        """Return the bytes of each decoder layer, from the first to the last, and then of what comes after them."""
-        terms_C = torch.tensor(_terms(sequences, length), dtype=torch.float64)
+        """Return the bytes of each layer, from the first to the last, and then of what comes after them."""
+        terms_C = torch.tensor(_terms(sequences, length, self.of_images), dtype=torch.float64)
         return tuple(round(value) for value in (self.coefficients_PC @ terms_C).tolist())
 
 
-def _terms(sequences: int, length: int) -> tuple[int, ...]:
-    """Return 1, L, L^2 and the same times B: positions and masks may or may not be kept for each sequence."""
-    powers = (1, length, length**2)
+def _terms(sequences: int, length: int, of_images: bool) -> tuple[int, ...]:
+    """Return 1, L, L^2 and the same times B: positions and masks may or may not be kept for each sequence.
+
+    Of images, whose L is always the same, 1 and B.
+    """
+    powers = (1,) if of_images else (1, length, length**2)
     return *powers, *(sequences * power for power in powers)
 
 
@@ -230,16 +262,24 @@ def count_saved(model: FoundationModel, adapter: Mapping[str, Tensor], sequences
     """Run a forward pass without the head and return the bytes autograd keeps, as `SavedBytes.parts` does.
 
     Tensors that share storage count once, where they are first kept; parameters and buffers do not. The last position
-    of each sequence is padding, so that there is a mask, as in most batches.
+    of each text is padding, so that there is a mask, as in most batches.
     """
-    device = model.device
-    ids = torch.arange(2, sequences * length + 2, device=device).view(sequences, length) % model.shape.vocabulary
+    saved = _Saved((*model.lm.parameters(), *model.lm.buffers(), *adapter.values()))
+    with torch.enable_grad(), saved.following(model.layers):
+        model.lm.base_model(**_inputs(model, sequences, length))
+    return tuple(saved.parts)
+
+
+def _inputs(model: FoundationModel, sequences: int, length: int) -> dict[str, Any]:
+    """Return what the model is called with; `length` is only of texts."""
+    image, device = model.shape.image, model.device
+    if image is not None:
+        return {"pixel_values": torch.zeros(sequences, image.channels, image.height, image.width, device=device)}
+    words = model.lm.get_input_embeddings().num_embeddings
+    ids = torch.arange(2, sequences * length + 2, device=device).view(sequences, length) % words
     mask = torch.ones_like(ids)
     mask[:, -1] = 0
-    saved = _Saved((*model.lm.parameters(), *model.lm.buffers(), *adapter.values()))
-    with torch.enable_grad(), saved.following(attrgetter(model.family.layers)(model.lm)):
-        model.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return tuple(saved.parts)
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
 
 
 @final

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from emberfed import plugins
 from emberfed.aggregation import LARGEST_VALUE, Update
 from emberfed.clients import Budget, Client
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.errors import AggregationError, ConfigError
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Bundle, FitResult, Payload, TensorSpec
@@ -27,20 +27,22 @@ from emberfed.training import Trainer
 class Method(ABC):
     """One federated fine-tuning method. Concrete methods are final, one per file, and never import each other.
 
-    The server calls `init`, `dispatch`, `expects`, `aggregate`; a client calls `fit`; whoever wants to run the
-    global model calls `deploy`. None of them may change its inputs, and `fit` and `deploy` leave the model as found.
+    The server calls `init`, `dispatch`, `expects`, `aggregate`; a client calls `fit` and `personal`; whoever wants to
+    run the global model calls `deploy`. None of them may change its inputs, and all leave the model as found.
 
     Attributes:
         title: The method's name as its paper writes it.
         paper: Where it is published.
         Config: The options of the `method` section.
         AdapterConfig: The options of the `adapter` section.
+        experts: Whose experts uploads' activation counts are of: the model's, or a sparse adapter's.
     """
 
     title: ClassVar[str]
     paper: ClassVar[str]
     Config: ClassVar[type[Section]]
     AdapterConfig: ClassVar[type[Section]]
+    experts: ClassVar[Literal["model", "adapter"]] = "model"
 
     def __init__(self, config: Any, adapter: Any, trainer: Trainer) -> None:
         """Take the checked sections, instances of `Config` and `AdapterConfig`, and the local training loop."""
@@ -98,6 +100,15 @@ class Method(ABC):
     @abstractmethod
     def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> AbstractContextManager[FoundationModel]:
         """Give the global model as a device of that budget would run it; on exit the model is as found."""
+
+    @abstractmethod
+    def personal(
+        self, model: FoundationModel, download: Payload, client: Client, memory: Bundle
+    ) -> AbstractContextManager[FoundationModel]:
+        """Give the model as the client itself runs it: what it was sent, with what it keeps; on exit it is as found.
+
+        Raises: ClientError if the client's memory is not what the download needs.
+        """
 
     @abstractmethod
     def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:

@@ -24,6 +24,9 @@ Json = Any
 ACTIVATION_COUNTS = "activation_counts"
 """Key of an upload's counts: int64 (layers, experts), (token, slot) assignments without padding."""
 
+SCORES = "scores"
+"""Key, in the meta of the answer to an `Assessment`, of the scores."""
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +151,20 @@ class FitResult:
 @final
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One client's work for one round, as handed to an engine."""
+    """One client's training for one round, as handed to an engine."""
+
+    round: int
+    client: str
+    download: bytes
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """The other thing a client can be asked: how good its own model is, on data of its own.
+
+    `round` is the one in which it would be sent this download to train; its memory is that of earlier ones.
+    """
 
     round: int
     client: str

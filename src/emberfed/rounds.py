@@ -8,19 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from transformers import PreTrainedTokenizerBase
-
-from emberfed import clients, costs, events
+from emberfed import clients, costs, events, personal
 from emberfed.checkpoint import RunFolder
 from emberfed.clients import Budget, Client, ClientsConfig
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.engine import Engine
-from emberfed.evaluation import EvaluationConfig, evaluate
+from emberfed.evaluation import EvaluationConfig
 from emberfed.inbox import Inbox
 from emberfed.method import Method
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Bundle, Json
 from emberfed.seeds import Seeds
+from emberfed.tasks import Task
 
 _OVERFLOW = "the model overflows: lower training.learning_rate, or use model.dtype bfloat16 or float32"
 
@@ -31,8 +30,11 @@ class Federation:
     """All that the loop works with; `assembly.federate` makes one.
 
     Attributes:
+        task: What the model is trained to do.
+        processor: What made its inputs of records.
         budgets: Those of all tiers.
         evaluated: Those that the global model is evaluated at.
+        personal: Whether clients keep examples for evaluating their own models.
     """
 
     rounds: int
@@ -40,12 +42,14 @@ class Federation:
     method: Method
     engine: Engine
     model: FoundationModel
-    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    processor: Any
     clients: tuple[Client, ...]
     participation: ClientsConfig
     budgets: tuple[Budget, ...]
     evaluated: tuple[Budget, ...]
     test: Shard
+    personal: bool
     evaluation: EvaluationConfig
     keep_uploads: bool
 
@@ -69,17 +73,34 @@ def run(federation: Federation, folder: RunFolder, listen: events.Listener = eve
             inbox.receive(reply)
         uploads = inbox.close(federation.participation.min_replies)
         state = method.aggregate(state, uploads)
-        evaluations = (
-            evaluate_tiers(federation, state, round, _logged(folder, listen)) if _due(federation, round) else []
-        )
+        evaluations = _evaluate(federation, state, round, _logged(folder, listen)) if _due(federation, round) else []
         exported = method.export(state, model)
         summary = _summary(round, inbox, evaluations, time.perf_counter() - started + resumed_seconds)
         folder.commit(round, state, exported, [*evaluations, summary], inbox.records)
         if not federation.keep_uploads:
             folder.drop_uploads(round)
-        listen(events.RoundDone(round, _quality(evaluations), summary["seconds"]))
+        listen(events.RoundDone(round, _quality(federation, evaluations), summary["seconds"]))
     folder.finish(max(done, federation.rounds))
     return state
+
+
+def _evaluate(federation: Federation, state: Bundle, round: int, listen: events.Listener) -> list[dict[str, Json]]:
+    """Evaluate the global model, and each client's own where clients have data for it."""
+    tiers = evaluate_tiers(federation, state, round, listen)
+    return [*tiers, *evaluate_clients(federation, state, round, listen)] if federation.personal else tiers
+
+
+def evaluate_clients(
+    federation: Federation, state: Bundle, round: int, listen: events.Listener = events.ignore
+) -> list[dict[str, Json]]:
+    """Let every client evaluate its own model, as it stands after `round`; lines for metrics.jsonl.
+
+    A client that fails is left out, and told of; so is one whose answer cannot be used.
+    """
+    answers = personal.Answers(federation.clients, federation.task.metric, round, listen)
+    for reply in federation.engine.map(answers.jobs(federation.method, state)):
+        answers.receive(reply)
+    return answers.lines()
 
 
 def evaluate_tiers(
@@ -97,7 +118,9 @@ def evaluate_tiers(
             costs.measuring(federation.model.device) as peak,
             federation.method.deploy(state, federation.model, budget) as model,
         ):
-            scores, _ = evaluate(model, federation.tokenizer, federation.test, federation.evaluation, progress)
+            scores = federation.task.evaluate(
+                model, federation.processor, federation.test, federation.evaluation, progress
+            )
         if not math.isfinite(scores.overall.loss):
             listen(
                 events.Notice("warning", f"round {round}: the loss of tier {budget.tier!r} is not finite; {_OVERFLOW}")
@@ -108,6 +131,7 @@ def evaluate_tiers(
                 "event": "evaluation",
                 "tier": budget.tier,
                 "top_k": budget.top_k,
+                **({} if budget.adapter_top_k is None else {"adapter_top_k": budget.adapter_top_k}),
                 **scores.json(),
                 "seconds": time.perf_counter() - started,
                 "peak_memory_bytes": peak.bytes,
@@ -130,9 +154,9 @@ def _start(federation: Federation, folder: RunFolder, listen: events.Listener) -
     listen(events.RoundStarted(0, federation.rounds, 0))
     started = time.perf_counter()
     state = federation.method.init(federation.model, federation.budgets, federation.seeds.at(purpose="init"))
-    evaluations = evaluate_tiers(federation, state, 0, _logged(folder, listen))
+    evaluations = _evaluate(federation, state, 0, _logged(folder, listen))
     folder.commit(0, state, federation.method.export(state, federation.model), evaluations, [])
-    listen(events.RoundDone(0, _quality(evaluations), time.perf_counter() - started))
+    listen(events.RoundDone(0, _quality(federation, evaluations), time.perf_counter() - started))
     return 0, state
 
 
@@ -157,7 +181,7 @@ def _logged(folder: RunFolder, listen: events.Listener) -> events.Listener:
 def _summary(round: int, inbox: Inbox, evaluations: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Json]:
     """Return the round's line for metrics.jsonl: counted work and bytes, measured seconds and memory."""
     records = inbox.records
-    training, evaluation = _seconds(records), _seconds(evaluations)
+    training, evaluation = _seconds(records), _seconds([line for line in evaluations if "seconds" in line])
     examples = sum(record["examples"] for record in records)
     touched: set[tuple[int, int]] = set()
     experts = 0
@@ -175,7 +199,9 @@ def _summary(round: int, inbox: Inbox, evaluations: Sequence[Mapping[str, Any]],
         "bytes_down": sum(record["bytes_down"] for record in records),
         "bytes_up": sum(record["bytes_up"] for record in records),
         "flops": sum(record["flops"] for record in records),
-        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in [*records, *evaluations]),
+        "peak_memory_bytes": max(
+            line["peak_memory_bytes"] for line in [*records, *evaluations] if "peak_memory_bytes" in line
+        ),
         "train_loss": math.fsum(record["loss_mean"] * record["examples"] for record in records) / examples,
         "replied": [record["client"] for record in records],
         "failed": dict(sorted(inbox.failed.items())),
@@ -188,5 +214,6 @@ def _seconds(lines: Sequence[Mapping[str, Any]]) -> float:
     return math.fsum(line["seconds"] for line in lines)
 
 
-def _quality(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {line["tier"]: line["rouge_l"] for line in evaluations}
+def _quality(federation: Federation, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    key = federation.task.metric.key
+    return {line["tier"]: line[key] for line in evaluations if line["event"] == "evaluation"}

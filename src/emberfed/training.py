@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from emberfed import costs, events
-from emberfed.data.tokenise import IGNORED, Batch, Shard, collate
+from emberfed.data.shard import Batch, Shard
 from emberfed.errors import ClientError, ConfigError
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.groups import TrainableGroups, clip_gradients
-from emberfed.models.lora import Adapter
+from emberfed.models.trainable import Trainable
 from emberfed.penalties import Penalty, ProximalPenalty
 from emberfed.records import Json
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
+from emberfed.tasks import load_task
 
 
 class TrainingConfig(Section):
@@ -89,9 +89,9 @@ class FitStats:
 
     Attributes:
         steps: Optimiser steps.
-        tokens: Tokens trained on, padding excluded (n_c of the papers).
-        target_tokens: Tokens that carried loss.
-        losses: Mean response loss of each step, in nats per token.
+        tokens: Positions trained on, padding excluded (n_c of the papers): tokens of text, patches of images.
+        target_tokens: Targets, which carried loss: tokens of responses, or examples with a class.
+        losses: Mean loss of each step, in nats per target.
         counts_LE: int64 (layers, experts), (token, slot) assignments without padding.
         flops: Forward and backward matrix products, without what gradient checkpointing computes again.
     """
@@ -136,29 +136,6 @@ def step_count(config: TrainingConfig, examples: int) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def response_loss(
-    model: FoundationModel, batch: Batch, router_aux_loss_coef: float = 0.0
-) -> tuple[Tensor, Tensor, int]:
-    """Return the summed cross-entropy of the response tokens, the auxiliary loss, and how many logits were computed.
-
-    Logits are formed only at positions where some sequence of the batch has a target: with large vocabularies they
-    would otherwise be the largest tensor of all.
-    """
-    positions = (batch.labels[:, 1:] != IGNORED).any(dim=0).nonzero()[:, 0]
-    output = model.lm(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=positions,
-        use_cache=False,
-        output_router_logits=router_aux_loss_coef > 0,
-    )
-    targets = batch.labels[:, positions + 1]
-    logits = output.logits.float()
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    auxiliary = router_aux_loss_coef * output.aux_loss if router_aux_loss_coef > 0 else torch.zeros_like(loss)
-    return loss, auxiliary, targets.numel()
-
-
 @final
 class Trainer:
     """The local training loop with its options; methods hold one and call `train`."""
@@ -171,7 +148,7 @@ class Trainer:
     def train(
         self,
         model: FoundationModel,
-        adapter: Adapter,
+        adapter: Trainable,
         shard: Shard,
         client: str,
         round: int,
@@ -193,7 +170,7 @@ class Trainer:
             penalty: The method's own, added to the loss of every step beside that of `proximal_mu`.
 
         Returns:
-            What was done. Losses are those of the responses alone, without penalties.
+            What was done. Losses are those of the targets alone, without penalties and auxiliary losses.
 
         Raises:
             ClientError: if a loss or gradient is not finite; it names the step.
@@ -201,6 +178,7 @@ class Trainer:
         """
         config = self.config
         check_possible(model, config)
+        task = load_task(model.task)
         steps = step_count(config, len(shard.examples))
         groups = adapter.trainable_groups()
         optimizer = self._optimizer(groups)
@@ -210,20 +188,20 @@ class Trainer:
         losses: list[float] = []
         tokens = target_tokens = 0
         work: costs.Work | None = None
-        with _checkpointing(model, config), model.count_activations() as counter:
+        with _checkpointing(model, config), adapter.counting() as counter:
             for step, batch in zip(range(steps), self._batches(shard, seeds), strict=False):
-                targets = sum(int((micro.labels[:, 1:] != IGNORED).sum()) for micro in batch)
+                targets = sum(micro.targets for micro in batch)
                 step_loss = 0.0
                 at = f"step {step + 1} of {steps}"
                 for micro in batch:
                     micro = micro.to(model.device)
                     with _autocast(model, config):
-                        loss, auxiliary, head_tokens = response_loss(model, micro, config.router_aux_loss_coef)
-                    step_loss += _finite(loss, "loss", at)
-                    (loss / targets + auxiliary / len(batch)).backward()  # type: ignore[no-untyped-call]
-                    tokens += int(micro.attention_mask.sum())
-                    done = _work(micro, model.top_k, head_tokens)
-                    work = done if work is None else work + done
+                        done = task.forward(model, micro, config.router_aux_loss_coef)
+                        auxiliary = _sum(done.auxiliary, adapter.auxiliary_loss())
+                    step_loss += _finite(done.loss, "loss", at)
+                    (done.loss / targets + auxiliary / len(batch)).backward()  # type: ignore[no-untyped-call]
+                    tokens += done.tokens
+                    work = done.work if work is None else work + done.work
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, round, step, steps)
                 self._step(groups, optimizer, counter.take() > 0, penalties, at)
@@ -232,6 +210,7 @@ class Trainer:
                 self._listen(events.Step(client, step + 1, steps, losses[-1]))
             counts_LE = counter.counts.clone()
         assert work is not None, "a shard has at least one example"
+        work = replace(work, adapter_rows=work.routed_tokens * adapter.top_k)
         flops = costs.training_flops(model.shape, work, adapter.parameters)
         return FitStats(steps, tokens, target_tokens, tuple(losses), counts_LE, flops)
 
@@ -242,7 +221,7 @@ class Trainer:
         for epoch in range(self.config.local_epochs):
             for examples in shard.batches(size, seeds.torch(f"order {epoch}")):
                 parts = [examples[start : start + micro] for start in range(0, len(examples), micro)]
-                yield [collate(part, shard.pad_token_id) for part in parts]
+                yield [shard.collate(part) for part in parts]
 
     def _optimizer(self, groups: TrainableGroups) -> Optimizer:
         config = self.config
@@ -281,22 +260,15 @@ def check_possible(model: FoundationModel, config: TrainingConfig) -> None:
         raise ConfigError("training.precision is bfloat16, which this CUDA device does not have; set it to model")
 
 
+def _sum(models: Tensor, adapters: Tensor | None) -> Tensor:
+    return models if adapters is None else models + adapters
+
+
 def _finite(value: Tensor, what: str, at: str) -> float:
     number = value.item()
     if not math.isfinite(number):
         raise ClientError(f"{what} became {number} at {at}; lower training.learning_rate or set max_grad_norm")
     return number
-
-
-def _work(batch: Batch, top_k: int, head_tokens: int) -> costs.Work:
-    sequences, length = batch.input_ids.shape
-    return costs.Work(
-        tokens=sequences * length,
-        routed_tokens=int(batch.attention_mask.sum()),
-        attended_pairs=sequences * length**2,
-        top_k=top_k,
-        head_tokens=head_tokens,
-    )
 
 
 def _autocast(model: FoundationModel, config: TrainingConfig) -> AbstractContextManager[Any]:

@@ -10,11 +10,12 @@ from typing import final
 
 from emberfed import costs, storage
 from emberfed.clients import Client
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.errors import EmberfedError, StorageError
+from emberfed.evaluation import Score, Scores
 from emberfed.method import Method
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.records import Bundle, ClientFailed, Job, Payload, Reply
+from emberfed.records import SCORES, Assessment, Bundle, ClientFailed, Job, Payload, Reply
 from emberfed.seeds import Seeds
 
 
@@ -52,19 +53,31 @@ class Worker:
         shards: Callable[[str], Shard],
         memory: MemoryFolder,
         seeds: Seeds,
+        assess: Callable[[str, FoundationModel], Scores[Score]],
     ) -> None:
-        """Take the method, the base model, clients by id, a function that gives a client's shard, and their memory."""
+        """Take what a client works with.
+
+        Args:
+            method: The method.
+            model: The base model.
+            clients: By id.
+            shards: Gives what a client trains on.
+            memory: What clients keep.
+            seeds: The run's.
+            assess: Scores a model on what a client keeps from training.
+        """
         self._method = method
         self._model = model
         self._clients = clients
         self._shards = shards
         self._memory = memory
         self._seeds = seeds
+        self._assess = assess
 
-    def answer(self, job: Job) -> Reply | ClientFailed:
+    def answer(self, job: Job | Assessment) -> Reply | ClientFailed:
         """Run the job; whatever goes wrong on the client becomes a value, except a full disk, which stops the run."""
         try:
-            return self.run(job)
+            return self.assess(job) if isinstance(job, Assessment) else self.run(job)
         except StorageError:
             raise
         except EmberfedError as error:
@@ -87,3 +100,14 @@ class Worker:
         self._memory.write(client.id, job.round, result.memory)
         measured = {"seconds": time.perf_counter() - started, "peak_memory_bytes": float(peak.bytes)}
         return Reply(job.round, client.id, upload, measured)
+
+    def assess(self, job: Assessment) -> Reply:
+        """Score the client's own model on its own data. Raises: ClientError, or whatever the method raises."""
+        started = time.perf_counter()
+        download = Payload.from_bytes(job.download)
+        client = self._clients[job.client]
+        memory = self._memory.read(client.id, job.round)
+        with self._method.personal(self._model, download, client, memory) as model:
+            scores = self._assess(client.id, model)
+        answer = Payload(job.round, client.id, Bundle(meta={SCORES: scores.overall.json()})).to_bytes()
+        return Reply(job.round, client.id, answer, {"seconds": time.perf_counter() - started})

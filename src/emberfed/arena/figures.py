@@ -9,14 +9,15 @@ from typing import final
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from emberfed.arena.results import METRICS, ROUGE_L, Comparison, Metric, Place, TierResult
+from emberfed.arena.results import Comparison, Group, PersonalResult, Place, TierResult
 from emberfed.arena.statistics import Spread
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 from emberfed.report.markup import Html
 from emberfed.report.plotting import PAPER, RULE, Axes, Panel, Series, area_legend, figure, line_legend, shorten
 
 
-def group_title(comparison: Comparison, place: Place) -> str:
+def group_title(comparison: Comparison, place: Place | Group) -> str:
     """Return what the budgets of a place have in common, in words; empty if there is nothing to tell apart."""
     parts = (place.column, place.row, comparison.grid.swept(place.sweep))
     return ", ".join(part for part in parts if part)
@@ -38,8 +39,8 @@ def contestants(comparison: Comparison) -> list[Series]:
 def budgets(comparison: Comparison, identifier: str) -> Html:
     """Each contestant's quality at each budget, a panel for each group and metric."""
     panels = {
-        f"{metric.title}{f', {title}' if title else ''}": _budgets_panel(comparison, places, metric)
-        for metric in METRICS
+        f"{metric.with_unit}{f', {title}' if title else ''}": _budgets_panel(comparison, places, metric)
+        for metric in comparison.metrics
         for title, places in groups(comparison).items()
     }
     spread = " Bars are one standard deviation over seeds." if len(comparison.grid.seeds) > 1 else ""
@@ -60,18 +61,18 @@ def _budgets_panel(comparison: Comparison, places: Sequence[Place], metric: Metr
         axes.set_xticks(range(len(places)), [_tick(place) for place in places])
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.grid(visible=False, axis="x")
-        axes.set_ylabel(metric.title.partition(" in ")[0])
+        axes.set_ylabel(metric.full_heading)
 
     told = "; ".join(f"{one.name}: {_told(spreads[one])}" for one in series)
-    return Panel(f"{metric.title} at {', '.join(place.tier for place in places)}. {told}.", draw, height=3.1)
+    return Panel(f"{metric.with_unit} at {', '.join(place.tier for place in places)}. {told}.", draw, height=3.1)
 
 
 def _tick(place: Place) -> str:
-    return f"{shorten(place.tier, 12)}\nK{numbers.SPACE}={numbers.SPACE}{place.top_k}"
+    return f"{shorten(place.tier, 12)}\n{place.budget}".strip()
 
 
 def _spread(comparison: Comparison, place: Place, name: str, metric: Metric) -> Spread | None:
-    return comparison.spread(place, name, lambda tier: float(getattr(tier, metric.name)))
+    return comparison.spread(place, name, lambda tier: tier.of(metric))
 
 
 def _draw_line(axes: Axes, one: Series, x: Sequence[float], spreads: Sequence[Spread | None]) -> None:
@@ -92,8 +93,8 @@ def sweep(comparison: Comparison, identifier: str) -> Html:
     tiers = list(dict.fromkeys(tier for curve in curves.values() for tier in curve))
     series = {tier: Series(tier, number) for number, tier in enumerate(tiers)}
     panels = {
-        f"{metric.title}{f', {title}' if title else ''}": _sweep_panel(comparison, curve, series, metric)
-        for metric in METRICS
+        f"{metric.with_unit}{f', {title}' if title else ''}": _sweep_panel(comparison, curve, series, metric)
+        for metric in comparison.metrics
         for title, curve in curves.items()
     }
     caption = f"Quality at each budget against {comparison.grid.sweep_label}, after the last round."
@@ -106,14 +107,14 @@ Curve = Mapping[str, Mapping[float, Sequence[TierResult]]]
 
 def _curves(comparison: Comparison) -> dict[str, Curve]:
     """Return a curve for each method, column and row, titled by what there is more than one of."""
+    labels = {(place.row, place.tier, place.top_k): place.label for place in comparison.places()}
     found: dict[str, dict[str, dict[float, list[TierResult]]]] = {}
     for one in comparison.cells:
         cell = one.cell
         method = cell.method if len(comparison.grid.methods) > 1 else ""
         title = ", ".join(part for part in (method, cell.column, cell.row) if part)
-        for tier in sorted(one.tiers, key=lambda tier: tier.top_k):
-            name = f"{tier.tier} (K{numbers.SPACE}={numbers.SPACE}{tier.top_k})"
-            values = found.setdefault(title, {}).setdefault(name, {})
+        for tier in one.tiers:
+            values = found.setdefault(title, {}).setdefault(labels[cell.row, tier.tier, tier.top_k], {})
             assert cell.sweep is not None, "there is a sweep"
             values.setdefault(cell.sweep, []).append(tier)
     return {title: dict(curve) for title, curve in found.items()}
@@ -122,7 +123,7 @@ def _curves(comparison: Comparison) -> dict[str, Curve]:
 def _sweep_panel(comparison: Comparison, curve: Curve, series: Mapping[str, Series], metric: Metric) -> Panel:
     values = sorted({value for points in curve.values() for value in points})
     spreads = {
-        tier: [Spread.of([float(getattr(result, metric.name)) for result in points.get(value, ())]) for value in values]
+        tier: [Spread.of([result.of(metric) for result in points.get(value, ())]) for value in values]
         for tier, points in curve.items()
     }
 
@@ -131,11 +132,11 @@ def _sweep_panel(comparison: Comparison, curve: Curve, series: Mapping[str, Seri
             _draw_line(axes, series[tier], values, points)
         axes.set_xlabel(comparison.grid.sweep_label)
         axes.set_xticks(values, [f"{value:g}" for value in values])
-        axes.set_ylabel(metric.title.partition(" in ")[0])
+        axes.set_ylabel(metric.full_heading)
 
     told = "; ".join(f"{tier}: {_told(points)}" for tier, points in spreads.items())
     at = ", ".join(f"{value:g}" for value in values)
-    return Panel(f"{metric.title} at {comparison.grid.sweep_label} {at}. {told}.", draw, height=3.1)
+    return Panel(f"{metric.with_unit} at {comparison.grid.sweep_label} {at}. {told}.", draw, height=3.1)
 
 
 def on_top(comparison: Comparison, identifier: str) -> Html:
@@ -147,7 +148,10 @@ def on_top(comparison: Comparison, identifier: str) -> Html:
             name = f"{above}{f', {title}' if title else ''}"
             panels[name] = _on_top_panel(comparison, places, (below, above), (without, with_))
     pairs = "; ".join(f"{below} without, {above} with" for below, above in comparison.grid.on_top)
-    caption = f"ROUGE-L of a method without and with another on top of it ({pairs}); above the bars, the change."
+    caption = (
+        f"{comparison.headline.heading} of a method without and with another on top of it ({pairs}); above the bars, "
+        f"the change."
+    )
     return figure(identifier, caption, area_legend((without, with_)), panels)
 
 
@@ -156,7 +160,7 @@ def _on_top_panel(
 ) -> Panel:
     values = [
         [math.nan if spread is None else spread.mean for spread in spreads]
-        for spreads in ([_spread(comparison, place, name, ROUGE_L) for place in places] for name in names)
+        for spreads in ([_spread(comparison, place, name, comparison.headline) for place in places] for name in names)
     ]
 
     def draw(axes: Axes) -> None:
@@ -172,13 +176,13 @@ def _on_top_panel(
         axes.set_xticks(range(len(places)), [_tick(place) for place in places])
         axes.grid(visible=False, axis="x")
         axes.margins(y=0.12)
-        axes.set_ylabel(ROUGE_L.title)
+        axes.set_ylabel(comparison.headline.heading)
 
     told = "; ".join(
         f"{place.tier}: {numbers.score(before)} without, {numbers.score(after)} with"
         for place, before, after in zip(places, *values, strict=True)
     )
-    return Panel(f"ROUGE-L of {names[0]} and {names[1]}. {told}.", draw)
+    return Panel(f"{comparison.headline.heading} of {names[0]} and {names[1]}. {told}.", draw)
 
 
 @final
@@ -199,15 +203,16 @@ _COSTS = (
 
 
 def costs(comparison: Comparison, identifier: str) -> Html:
-    """ROUGE-L against what a client of the tier spends, a line for each contestant through its budgets."""
+    """The headline metric against what a client of the tier spends, a line for each contestant."""
     panels = {
         f"{cost.title}{f', {title}' if title else ''}": _cost_panel(comparison, places, cost)
         for title, places in groups(comparison).items()
         for cost in _COSTS
     }
     caption = (
-        "ROUGE-L at each budget against what one client of that tier spends in one round of training; a line joins a "
-        "method’s budgets, from small (hollow) to large."
+        f"{comparison.headline.heading} at each budget against what one client of that tier spends in one round of "
+        f"training; a line joins a method’s budgets, from the one that spends least (hollow) to the one that spends "
+        f"most."
     )
     return figure(identifier, caption, line_legend(contestants(comparison)), panels)
 
@@ -224,21 +229,70 @@ def _cost_panel(comparison: Comparison, places: Sequence[Place], cost: _Cost) ->
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.short(cost.told_as(value))))
         # From nought, or a difference of the size of noise would fill the panel.
         axes.set_xlim(0, 1.1 * max((x for found in points.values() for x, _ in found), default=1.0))
-        axes.set_ylabel(ROUGE_L.title)
+        axes.set_ylabel(comparison.headline.heading)
         axes.spines["left"].set_color(RULE)
 
     told = "; ".join(
         f"{one.name}: {', '.join(f'{numbers.score(y)} at {cost.told_as(x)}' for x, y in found)}"
         for one, found in points.items()
     )
-    return Panel(f"ROUGE-L against {cost.title.lower()}. {told}.", draw)
+    return Panel(f"{comparison.headline.heading} against {cost.title.lower()}. {told}.", draw)
 
 
 def _points(comparison: Comparison, places: Sequence[Place], name: str, cost: _Cost) -> list[tuple[float, float]]:
-    """Return (cost, ROUGE-L) of a contestant, budget by budget, where both are known."""
+    """Return (cost, headline) of a contestant at each budget where both are known, the cheapest first."""
     found = []
     for place in places:
-        spent, quality = comparison.spread(place, name, cost.of), _spread(comparison, place, name, ROUGE_L)
+        spent, quality = comparison.spread(place, name, cost.of), _spread(comparison, place, name, comparison.headline)
         if spent is not None and quality is not None:
             found.append((spent.mean, quality.mean))
-    return found
+    return sorted(found, key=lambda point: point[0])
+
+
+def personal(comparison: Comparison, identifier: str) -> Html:
+    """Mean and worst tenth of the clients' own models, a column for each contestant, a panel for each data."""
+    groups_ = [
+        group
+        for group in comparison.groups()
+        if any(comparison.personal(group, name) for name in comparison.contestants)
+    ]
+    metric = comparison.headline
+    panels = {group_title(comparison, group) or metric.heading: _personal_panel(comparison, group) for group in groups_}
+    deviations = " Thin bars are one standard deviation over seeds." if len(comparison.grid.seeds) > 1 else ""
+    caption = f"{metric.heading} of the clients’ own models, mean over clients and mean of the worst tenth.{deviations}"
+    return figure(identifier, caption, line_legend((_MEAN, _WORST)), panels)
+
+
+_MEAN, _WORST = Series("mean", 0), Series("worst tenth", 1)
+
+
+def _personal_panel(comparison: Comparison, group: Group) -> Panel:
+    names = comparison.contestants
+    found = [list(comparison.personal(group, name).values()) for name in names]
+    spreads = {one: [Spread.of(list(map(of, results))) for results in found] for one, of in _PERSONAL.items()}
+
+    def draw(axes: Axes) -> None:
+        for one, shift in ((_MEAN, -0.1), (_WORST, 0.1)):
+            known = [(place + shift, spread) for place, spread in enumerate(spreads[one]) if spread is not None]
+            x, y = [place for place, _ in known], [spread.mean for _, spread in known]
+            deviation = [0.0 if math.isnan(spread.sd) else spread.sd for _, spread in known]
+            axes.errorbar(x, y, deviation, fmt="none", ecolor=one.colour, elinewidth=1.1, alpha=0.55)
+            axes.plot(x, y, one.marker, color=one.colour, markersize=7, markeredgewidth=0)
+        axes.set_xticks(range(len(names)), [shorten(name, 14) for name in names])
+        if len(names) > 4:
+            axes.tick_params(axis="x", labelrotation=30)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel(comparison.headline.heading)
+
+    told = "; ".join(
+        f"{name}: mean {_told([mean])}, worst tenth {_told([worst])}"
+        for name, mean, worst in zip(names, spreads[_MEAN], spreads[_WORST], strict=True)
+    )
+    return Panel(f"{comparison.headline.heading} of the clients’ own models. {told}.", draw, height=3.1)
+
+
+_PERSONAL: Mapping[Series, Callable[[PersonalResult], float]] = {
+    _MEAN: lambda one: one.mean,
+    _WORST: lambda one: one.worst_decile,
+}

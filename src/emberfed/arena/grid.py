@@ -189,6 +189,7 @@ def load(
     checked = config.parse(base)
     chosen = arena.seeds if seeds is None else seeds
     cells = tuple(_cells(arena, base, _seeds(chosen, checked.seed)))
+    _check_task(cells)
     _check_names(cells)
     return Grid(
         title=arena.title or stem,
@@ -308,6 +309,17 @@ def _assignments(overrides: Mapping[str, Any], where: str) -> list[str]:
         return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}; give numbers, words, lists or sections") from None
+
+
+def _check_task(cells: Sequence[Cell]) -> None:
+    """Check that all runs can be compared: they learn one task. Raises: ConfigError."""
+    tasks = list(dict.fromkeys(cell.config.data.task for cell in cells))
+    if len(tasks) > 1:
+        other = next(cell for cell in cells if cell.config.data.task == tasks[1])
+        raise ConfigError(
+            f"{cells[0].title!r} has data.task {tasks[0]} and {other.title!r} has {tasks[1]}, whose scores cannot be "
+            f"compared; give each task an arena of its own"
+        )
 
 
 def _check_names(cells: Sequence[Cell]) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
-from emberfed.arena.results import LOSS, ROUGE_L, Comparison, Contest, Metric, Place, TierResult
+from emberfed.arena.grid import Cell
+from emberfed.arena.results import Comparison, Contest, PersonalResult, Place, TierResult
 from emberfed.arena.statistics import LEVEL, Spread, least_difference
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 
 TIE = "≈"
@@ -17,11 +22,15 @@ def markdown(comparison: Comparison) -> str:
     """Return the document."""
     done = sum(one.state == "done" for one in comparison.cells)
     parts = [f"# {comparison.grid.title}", f"{done} of {len(comparison.cells)} runs are done.{_seeds(comparison)}"]
-    for metric in (ROUGE_L, LOSS):
+    parts += left_out(comparison)
+    for metric in comparison.metrics:
         for value in dict.fromkeys(place.sweep for place in comparison.places()):
             at = "" if value is None else f", {comparison.grid.swept(value)}"
-            parts += [f"## {metric.title}{at} ({metric.direction})", _table(comparison, metric, value)]
-    parts += [*footnotes(comparison), "## Costs", costs_note(), _costs(comparison)]
+            parts += [f"## {metric.with_unit}{at} ({metric.direction})", _table(comparison, metric, value)]
+    parts += footnotes(comparison)
+    if comparison.has_personal:
+        parts += ["## Clients’ own models", personal_note(comparison), _personal(comparison)]
+    parts += ["## Costs", costs_note(comparison), _costs(comparison), "## Set-up", *setup(comparison)]
     undone = without_result(comparison)
     if undone:
         parts += ["## Runs without a result", "\n".join(f"* {said}" for said in undone)]
@@ -31,6 +40,21 @@ def markdown(comparison: Comparison) -> str:
 def _seeds(comparison: Comparison) -> str:
     seeds = comparison.grid.seeds
     return f" Seeds: {', '.join(map(str, seeds))}." if len(seeds) > 1 else f" Seed: {seeds[0]}."
+
+
+def left_out(comparison: Comparison) -> list[str]:
+    """Say which runs lie beside those that were compared; nothing if there are none."""
+    if not comparison.others:
+        return []
+    shown = ", ".join(comparison.others[:_MOST_OTHERS])
+    more = ", ..." if len(comparison.others) > _MOST_OTHERS else ""
+    return [
+        f"Only a part of what lies in `runs` was asked for and is compared here; left out: {shown}{more} "
+        f"({len(comparison.others)} in all)."
+    ]
+
+
+_MOST_OTHERS = 6
 
 
 def without_result(comparison: Comparison) -> list[str]:
@@ -67,29 +91,23 @@ def heads(comparison: Comparison) -> list[tuple[str, str]]:
     return [(column, name) for column in comparison.grid.columns for name in comparison.contestants]
 
 
-def rows(comparison: Comparison, value: float | None) -> list[tuple[str, str, int]]:
-    """Return the table's rows at a value of the sweep: row of the grid, tier, K."""
-    met = [(place.row, place.tier, place.top_k) for place in comparison.places() if place.sweep == value]
-    return list(dict.fromkeys(met))
+def rows(comparison: Comparison, value: float | None) -> list[Place]:
+    """Return the table's rows at a value of the sweep: the places of the first column."""
+    first = comparison.grid.columns[0]
+    return [place for place in comparison.places() if (place.sweep, place.column) == (value, first)]
 
 
 def _table(comparison: Comparison, metric: Metric, value: float | None) -> str:
     columns = heads(comparison)
     lines = [[" · ".join(part for part in (column, name) if part) for column, name in columns]]
     labels = []
-    for row, tier, top_k in rows(comparison, value):
+    for place in rows(comparison, value):
         contests = {
-            column: comparison.contest(Place(column, row, value, tier, top_k), metric)
-            for column in comparison.grid.columns
+            column: comparison.contest(replace(place, column=column), metric) for column in comparison.grid.columns
         }
-        labels.append(" · ".join(part for part in (row, budget(tier, top_k)) if part))
+        labels.append(" · ".join(part for part in (place.row, place.label) if part))
         lines.append([_marked(contests[column], name, comparison) for column, name in columns])
     return _pipes(["budget", *lines[0]], [[label, *line] for label, line in zip(labels, lines[1:], strict=True)])
-
-
-def budget(tier: str, top_k: int) -> str:
-    """Return a tier in words."""
-    return f"{tier} (K{numbers.SPACE}={numbers.SPACE}{top_k})"
 
 
 def _marked(contest: Contest, name: str, comparison: Comparison) -> str:
@@ -99,21 +117,29 @@ def _marked(contest: Contest, name: str, comparison: Comparison) -> str:
 
 def footnotes(comparison: Comparison) -> list[str]:
     """Return what has to be known to read the tables, a paragraph each."""
-    return [*_before(comparison), *_what_marks_mean(comparison)]
+    return [*_before(comparison), *_what_k_means(comparison), *_what_marks_mean(comparison)]
+
+
+def _what_k_means(comparison: Comparison) -> list[str]:
+    """Say what k is where some methods have a sparse adapter."""
+    if not any(place.budget.startswith("k") for place in comparison.places()):
+        return []
+    return ["k is how many experts of a sparse adapter a tier activates; methods without one do not use it."]
 
 
 def _before(comparison: Comparison) -> list[str]:
     """Say what quality was before any training, on average over the runs."""
-    found: dict[tuple[int, str], list[TierResult]] = {}
-    for one in comparison.cells:
-        for tier in one.tiers:
-            found.setdefault((tier.top_k, tier.tier), []).append(tier)
+    labels = {(place.tier, place.top_k): place.label for place in comparison.places()}
+    found: dict[tuple[str, int], list[TierResult]] = {key: [] for key in labels}
+    for tier in (tier for one in comparison.cells for tier in one.tiers):
+        found[tier.tier, tier.top_k].append(tier)
+    keys = [metric.key for metric in comparison.metrics]
     told = [
-        f"{budget(name, top_k)} {numbers.score(fmean(tier.rouge_l_before for tier in tiers))} and "
-        f"{numbers.score(fmean(tier.loss_before for tier in tiers))}"
-        for (top_k, name), tiers in sorted(found.items())
+        f"{labels[key]} {' and '.join(numbers.score(fmean(tier.before[name] for tier in tiers)) for name in keys)}"
+        for key, tiers in found.items()
     ]
-    return [f"Before training, ROUGE-L and loss, mean over the runs: {'; '.join(told)}."] if told else []
+    measured = " and ".join(metric.title for metric in comparison.metrics)
+    return [f"Before training, {measured}, mean over the runs: {'; '.join(told)}."] if told else []
 
 
 def _what_marks_mean(comparison: Comparison) -> list[str]:
@@ -134,13 +160,117 @@ def _what_marks_mean(comparison: Comparison) -> list[str]:
     ]
 
 
-def costs_note() -> str:
+PERSONAL = ("Clients", "Mean", "Worst tenth", "Standard deviation", "Mean loss")
+
+
+def personal_note(comparison: Comparison) -> str:
+    """Return what the table of the clients' own models shows."""
+    metric = comparison.headline
+    spread = " ± is the standard deviation over seeds." if len(comparison.grid.seeds) > 1 else ""
+    return (
+        f"{metric.heading} ({metric.direction}) of each client’s own model on its own held-out examples, after the "
+        f"last round: over clients, the mean, the mean of the worst tenth, and the standard deviation.{spread}"
+    )
+
+
+def personal(comparison: Comparison) -> Iterator[tuple[list[str], list[str]]]:
+    """Return the rows of the table of the clients' own models: what they are of, and the figures."""
+    for group in comparison.groups():
+        for name in comparison.contestants:
+            found = list(comparison.personal(group, name).values())
+            if found:
+                told = [part for part in (group.column, group.row, comparison.grid.swept(group.sweep), name) if part]
+                yield told, _personal_figures(found)
+
+
+def _personal_figures(found: Sequence[PersonalResult]) -> list[str]:
+    figures = (
+        [one.mean for one in found],
+        [one.worst_decile for one in found],
+        [one.spread for one in found],
+        [one.loss_mean for one in found],
+    )
+    return [numbers.count(_mean([one.clients for one in found])), *(_with_deviation(values) for values in figures)]
+
+
+def _with_deviation(values: Sequence[float]) -> str:
+    spread = Spread.of(values)
+    if spread is None:
+        return numbers.MISSING
+    deviation = "" if spread.n < 2 else f"{numbers.SPACE}±{numbers.SPACE}{numbers.score(spread.sd)}"
+    return f"{numbers.score(spread.mean)}{deviation}"
+
+
+def _personal(comparison: Comparison) -> str:
+    return _pipes(["of", *PERSONAL], [[" · ".join(told), *figures] for told, figures in personal(comparison)])
+
+
+def setup(comparison: Comparison) -> list[str]:
+    """Return what was run on what: what all runs share, then what each point of an axis changes."""
+    cells = comparison.grid.cells
+    values = [cell.config.values() for cell in cells]
+    shared = {
+        "base model": ("model", "path"),
+        "data": ("data", "path"),
+        "rounds": ("training", "rounds"),
+        "clients": ("clients", "count"),
+    }
+    told = [
+        f"{what} {', '.join(dict.fromkeys(f'`{one[section][key]}`' for one in values))}"
+        for what, (section, key) in shared.items()
+    ]
+    lines = [
+        f"{told[0][0].upper()}{'; '.join(told)[1:]}. Everything else is in each run’s `config.yaml`, below `runs`."
+    ]
+    axes: dict[str, tuple[Sequence[str], Callable[[Cell], str]]] = {
+        "Methods": (comparison.grid.methods, lambda cell: cell.method),
+        "Columns": (comparison.grid.columns, lambda cell: cell.column),
+        "Rows": (comparison.grid.rows, lambda cell: cell.row),
+    }
+    for what, (names, name_of) in axes.items():
+        if len(names) > 1:
+            beside = {name_of(cell): cell for cell in cells if _differs_only_in(name_of, cell, cells[0])}
+            lines.append(f"{what}, by what tells them apart:\n\n{_told_apart(beside)}")
+    return lines
+
+
+def _differs_only_in(name_of: Callable[[Cell], str], one: Cell, two: Cell) -> bool:
+    axes = [(cell.method, cell.column, cell.row, cell.swept, cell.seed) for cell in (one, two)]
+    changed = [mine for mine, other in zip(*axes, strict=True) if mine != other]
+    return len(changed) == int(name_of(one) != name_of(two))
+
+
+def _told_apart(cells: Mapping[str, Cell]) -> str:
+    """Return a line for each cell with the settings that are not the same in all of them."""
+    flat = {name: dict(_flat("", cell.config.values())) for name, cell in cells.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    differing = [key for key in keys if len({values.get(key) for values in flat.values()}) > 1]
+    return "\n".join(
+        f"* {name}: {', '.join(f'`{key}: {values[key]}`' for key in differing if key in values)}"
+        for name, values in flat.items()
+    )
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
+
+
+def costs_note(comparison: Comparison) -> str:
     """Return what the costs are costs of."""
+    k = any(place.budget.startswith("K") for place in comparison.places())
+    native = (
+        " K is what a tier is evaluated with: methods whose `active_experts` is `native` (the default of the LoRA "
+        "baselines) train every tier at the checkpoint's own K."
+    )
+    flora = any(cell.config.method_name == "flora" for cell in comparison.grid.cells)
+    stack = " FLoRA receives a stack that grows from round to round, and only from the second on."
     return (
         "What one client takes for one round of training, on average over its tier's clients, rounds and seeds; peak "
-        "memory is the largest of the tier, of the whole process. K is what a tier is evaluated with: methods whose "
-        "`active_experts` is `native` (the default of the LoRA baselines) train every tier at the checkpoint's own K. "
-        "FLoRA receives a stack that grows from round to round, and only from the second on."
+        f"memory is the largest of the tier, of the whole process.{native if k else ''}{stack if flora else ''}"
     )
 
 
@@ -155,7 +285,7 @@ def costs(comparison: Comparison) -> Iterator[tuple[list[str], list[str]]]:
             if not found:
                 continue
             swept = comparison.grid.swept(place.sweep)
-            told = [part for part in (place.column, place.row, swept, budget(place.tier, place.top_k), name) if part]
+            told = [part for part in (place.column, place.row, swept, place.label, name) if part]
             yield (
                 told,
                 [

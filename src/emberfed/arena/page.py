@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from emberfed.arena import figures, markdown
-from emberfed.arena.results import METRICS, CellResult, Comparison, Metric, Place
+from emberfed.arena.results import CellResult, Comparison, Place
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 from emberfed.report.markup import Html, join, table, tag
 from emberfed.report.page import details, document
@@ -19,6 +20,8 @@ def page(comparison: Comparison) -> str:
         parts["Quality"] = _quality(comparison)
         if comparison.grid.on_top:
             parts["One method on top of another"] = figures.on_top(comparison, "on-top")
+        if comparison.has_personal:
+            parts["Clients’ own models"] = _personal(comparison)
         parts["Quality and cost"] = join([figures.costs(comparison, "costs"), _costs(comparison)])
     parts["Runs"] = _runs(comparison)
     sections = [tag("section", tag("h2", title), content) for title, content in parts.items()]
@@ -31,7 +34,7 @@ def summary(comparison: Comparison) -> str:
     done = sum(one.state == "done" for one in comparison.cells)
     seeds = comparison.grid.seeds
     told = [f"{done} of {len(comparison.cells)} runs are done, over {len(seeds)} seed{'s' * (len(seeds) > 1)}."]
-    return " ".join([*told, *(_winners(comparison, metric) for metric in METRICS)]).strip()
+    return " ".join([*told, *(_winners(comparison, metric) for metric in comparison.metrics)]).strip()
 
 
 def _winners(comparison: Comparison, metric: Metric) -> str:
@@ -44,15 +47,15 @@ def _winners(comparison: Comparison, metric: Metric) -> str:
     listed = ", ".join(f"{name} at {number}" for name, number in wins.most_common())
     tested = f"; a test separates the best from all others at {clear}" if any(one.tests for one in contests) else ""
     of = "one comparison" if len(contests) == 1 else f"{len(contests)} comparisons"
-    return f"{metric.title.partition(' in ')[0]}, of {of}: best is {listed}{tested}."
+    return f"{metric.full_heading}, of {of}: best is {listed}{tested}."
 
 
 def _notices(comparison: Comparison) -> Html:
+    parts = [tag("p", note) for note in markdown.left_out(comparison)]
     said = markdown.without_result(comparison)
-    if not said:
-        return Html()
-    items = tag("ul", *(tag("li", line) for line in said))
-    return tag("aside", tag("p", "Runs without a result:"), items, class_="notices", role="note")
+    if said:
+        parts += [tag("p", "Runs without a result:"), tag("ul", *(tag("li", line) for line in said))]
+    return tag("aside", *parts, class_="notices", role="note") if parts else Html()
 
 
 def _quality(comparison: Comparison) -> Html:
@@ -61,7 +64,7 @@ def _quality(comparison: Comparison) -> Html:
     tables = [
         _table(comparison, metric, title, places)
         for title, places in figures.groups(comparison).items()
-        for metric in METRICS
+        for metric in comparison.metrics
     ]
     notes = [tag("p", note, class_="byline") for note in markdown.footnotes(comparison)]
     return join([*drawn, *swept, *tables, *notes])
@@ -72,9 +75,16 @@ def _table(comparison: Comparison, metric: Metric, title: str, places: Sequence[
     for place in places:
         contest = comparison.contest(place, metric)
         cells = [markdown.cell_text(contest, name, len(comparison.grid.seeds)) for name in comparison.contestants]
-        rows.append([markdown.budget(place.tier, place.top_k), *(_marked(*cell) for cell in cells)])
-    caption = f"{metric.title}{f', {title}' if title else ''} ({metric.direction})"
+        rows.append([place.label, *(_marked(*cell) for cell in cells)])
+    caption = f"{metric.with_unit}{f', {title}' if title else ''} ({metric.direction})"
     return table(caption, ["Budget", *comparison.contestants], rows)
+
+
+def _personal(comparison: Comparison) -> Html:
+    rows = [[" · ".join(told), *figures] for told, figures in markdown.personal(comparison)]
+    listed = table("Clients’ own models, by data and method", ["Of", *markdown.PERSONAL], rows)
+    drawn = figures.personal(comparison, "personal")
+    return join([drawn, tag("p", markdown.personal_note(comparison), class_="byline"), listed])
 
 
 def _marked(text: str, standing: str) -> str:
@@ -84,7 +94,7 @@ def _marked(text: str, standing: str) -> str:
 def _costs(comparison: Comparison) -> Html:
     rows = [[" · ".join(told), *spent] for told, spent in markdown.costs(comparison)]
     costs = table("Costs", ["Of", *markdown.COSTS], rows)
-    return details("Costs by budget and method", tag("p", markdown.costs_note()), costs)
+    return details("Costs by budget and method", tag("p", markdown.costs_note(comparison)), costs)
 
 
 def _runs(comparison: Comparison) -> Html:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
 import emberfed
 from emberfed.arena.grid import Cell, Grid
 from emberfed.arena.statistics import PairedTest, Spread, paired
+from emberfed.errors import RunFolderError
+from emberfed.metrics import Metric, loss_beside
 from emberfed.records import Json
 from emberfed.report.reading import RunFolder as ReadRun
 from emberfed.report.reading import read_run
-from emberfed.report.views import TierView, clients_at, evaluated_tiers, evaluations_at, largest, mean, total
+from emberfed.report.views import (
+    TierView,
+    active,
+    alike,
+    clients_at,
+    evaluated_tiers,
+    evaluations_at,
+    largest,
+    mean,
+    total,
+)
 
 State = Literal["done", "failed", "unfinished", "missing"]
 """`failed`: it could not be run when last tried. `unfinished`: it has begun. `missing`: it has not."""
@@ -28,32 +40,74 @@ class TierResult:
     Attributes:
         tier: Its name.
         top_k: Its number of active experts.
-        rouge_l, loss: Quality of the global model at the tier's budget.
-        rouge_l_before, loss_before: The same before training.
+        quality: Of the global model at the tier's budget, by key of the metric.
+        before: The same before training.
         examples: Held-out examples.
         flops: Of one of its clients in one round, on average.
         bytes_down, bytes_up: What one of its clients receives and sends in one round, on average.
         seconds: What one of its clients takes for one round, on average.
         peak_memory_bytes: The most that any of its clients took.
+        adapter_top_k: Its number of active experts of a sparse adapter; None without one.
     """
 
     tier: str
     top_k: int
-    rouge_l: float
-    loss: float
-    rouge_l_before: float
-    loss_before: float
+    quality: Mapping[str, float]
+    before: Mapping[str, float]
     examples: int
     flops: float
     bytes_down: float
     bytes_up: float
     seconds: float
     peak_memory_bytes: float
+    adapter_top_k: int | None = None
+
+    def of(self, metric: Metric) -> float:
+        """Return its quality by a metric, NaN if that was not recorded."""
+        return self.quality.get(metric.key, math.nan)
 
     @property
     def traffic_bytes(self) -> float:
         """What one of its clients receives and sends in one round, on average."""
         return self.bytes_down + self.bytes_up
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All that has a mean over seeds, by name."""
+        before = {f"{key}_before": value for key, value in self.before.items()}
+        return {**self.quality, **before, **{name: getattr(self, name) for name in _COSTS}}
+
+    def json(self) -> dict[str, Json]:
+        """Return the tier as plain values."""
+        names = {"tier": self.tier, "top_k": self.top_k, **_adapter_json(self.adapter_top_k)}
+        figures = {name: _finite(value) for name, value in self.figures.items()}
+        return {**names, "examples": self.examples, **figures}
+
+
+_COSTS = ("flops", "bytes_down", "bytes_up", "seconds", "peak_memory_bytes")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PersonalResult:
+    """The clients' own models of one run after the last round, each on its own held-out examples.
+
+    Attributes:
+        clients: How many.
+        mean, worst_decile, spread: Of the headline metric over clients: mean, mean of the worst tenth, standard
+            deviation.
+        loss_mean: Mean loss over clients.
+    """
+
+    clients: int
+    mean: float
+    worst_decile: float
+    spread: float
+    loss_mean: float
+
+    def json(self) -> dict[str, Json]:
+        """Return the figures as plain values."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
 
 
 @final
@@ -70,6 +124,8 @@ class CellResult:
         peak_memory_bytes: The highest of any client or evaluation.
         seconds: Of all rounds, and of the evaluation before them.
         tiers: Quality and costs by tier, of a run that is done.
+        headline: The metric it is judged by; None before it has begun.
+        personal: The clients' own models, of a run that is done and has evaluated them.
     """
 
     cell: Cell
@@ -82,6 +138,8 @@ class CellResult:
     peak_memory_bytes: float
     seconds: float
     tiers: tuple[TierResult, ...]
+    headline: Metric | None = None
+    personal: PersonalResult | None = None
 
     def json(self) -> dict[str, Json]:
         """Return the run as plain values."""
@@ -97,7 +155,8 @@ class CellResult:
             "state": self.state,
             "problem": self.problem,
             **{name: _finite(getattr(self, name)) for name in costs},
-            "tiers": [{name: _finite(value) for name, value in asdict(tier).items()} for tier in self.tiers],
+            "tiers": [tier.json() for tier in self.tiers],
+            **({} if self.personal is None else {"personal": self.personal.json()}),
         }
 
 
@@ -111,6 +170,7 @@ class Place:
         sweep: The swept key's value; None where nothing is swept.
         tier: The tier's name.
         top_k: Its number of active experts.
+        budget: What tells it from other tiers, in words: `K = 1`, `k = 1` of a sparse adapter, or nothing.
     """
 
     column: str
@@ -118,33 +178,31 @@ class Place:
     sweep: float | None
     tier: str
     top_k: int
+    budget: str = field(compare=False)
+
+    @property
+    def label(self) -> str:
+        """The tier in words."""
+        return f"{self.tier} ({self.budget})" if self.budget else self.tier
+
+    def json(self) -> dict[str, Json]:
+        """Return the place as plain values."""
+        return {name: getattr(self, name) for name in ("column", "row", "sweep", "tier", "top_k")}
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """A measure of quality.
+class Group:
+    """What the tiers of a run have in common.
 
     Attributes:
-        name: The attribute of `TierResult`.
-        title: Its name for people.
-        sign: 1 if higher is better, -1 if lower is.
+        column, row: Names along these axes.
+        sweep: The swept key's value; None where nothing is swept, or where its values compete.
     """
 
-    name: str
-    title: str
-    sign: int
-
-    @property
-    def direction(self) -> str:
-        """Whether higher or lower is better."""
-        return "higher is better" if self.sign > 0 else "lower is better"
-
-
-ROUGE_L = Metric("rouge_l", "ROUGE-L", 1)
-LOSS = Metric("loss", "Response loss in nats per token", -1)
-METRICS = (ROUGE_L, LOSS)
-_TIER_FIGURES = tuple(field.name for field in fields(TierResult) if field.name not in ("tier", "top_k", "examples"))
+    column: str
+    row: str
+    sweep: float | None
 
 
 @final
@@ -175,10 +233,28 @@ class Contest:
 @final
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All results of a grid."""
+    """All results of a grid.
+
+    Attributes:
+        grid: The grid.
+        cells: Its runs.
+        others: Names of runs in the same folder that are not of the grid.
+    """
 
     grid: Grid
     cells: tuple[CellResult, ...]
+    others: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> Metric:
+        """What the runs are judged by; of runs that have begun."""
+        return next(one.headline for one in self.cells if one.headline is not None)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The headline and its loss; nothing before any run has begun."""
+        begun = any(one.headline is not None for one in self.cells)
+        return (self.headline, loss_beside(self.headline)) if begun else ()
 
     @property
     def values_compete(self) -> bool:
@@ -195,16 +271,22 @@ class Comparison:
         tiers = {row: self._tiers(row) for row in self.grid.rows}
         values = (None,) if self.values_compete else self.grid.values
         return tuple(
-            Place(column, row, value, tier, top_k)
+            Place(column, row, value, tier, top_k, told)
             for value in values
             for column in self.grid.columns
             for row in self.grid.rows
-            for tier, top_k in tiers[row]
+            for (tier, top_k), told in tiers[row].items()
         )
 
-    def _tiers(self, row: str) -> list[tuple[str, int]]:
-        met = dict.fromkeys((tier.tier, tier.top_k) for one in self.cells if one.cell.row == row for tier in one.tiers)
-        return sorted(met, key=lambda pair: pair[1])
+    def _tiers(self, row: str) -> dict[tuple[str, int], str]:
+        """Return what tells each tier of a row from the others, by its name and K, budgets from small to large."""
+        met: dict[tuple[str, int], set[int]] = {}
+        for tier in (tier for one in self.cells if one.cell.row == row for tier in one.tiers):
+            own = () if tier.adapter_top_k is None else (tier.adapter_top_k,)
+            met.setdefault((tier.tier, tier.top_k), set()).update(own)
+        same = alike({(tier, top_k): max(found, default=None) for (tier, top_k), found in met.items()})
+        ordered = sorted(met, key=lambda key: max(met[key], default=key[1]))
+        return {key: "" if same or len(met[key]) > 1 else active(key[1], *(met[key] or [None])) for key in ordered}
 
     def at(self, place: Place, contestant: str) -> dict[int, TierResult]:
         """Return a contestant's results at a place, by seed."""
@@ -215,7 +297,7 @@ class Comparison:
             if (one.cell.column, one.cell.row, tier.tier, tier.top_k)
             == (place.column, place.row, place.tier, place.top_k)
             and (place.sweep is None or one.cell.sweep == place.sweep)
-            and (one.cell.swept if self.values_compete else one.cell.method) == contestant
+            and self._contestant(one.cell) == contestant
         }
 
     def spread(self, place: Place, contestant: str, figure: Callable[[TierResult], float]) -> Spread | None:
@@ -225,8 +307,7 @@ class Comparison:
     def contest(self, place: Place, metric: Metric) -> Contest:
         """Return who won at a place, and with whom it is tied."""
         values = {
-            name: {seed: getattr(tier, metric.name) for seed, tier in self.at(place, name).items()}
-            for name in self.contestants
+            name: {seed: tier.of(metric) for seed, tier in self.at(place, name).items()} for name in self.contestants
         }
         spreads = {name: spread for name in values if (spread := Spread.of(list(values[name].values()))) is not None}
         if len(spreads) < 2:
@@ -237,7 +318,30 @@ class Comparison:
 
     def contests(self) -> Iterator[Contest]:
         """Return every contest, metric by metric."""
-        return (self.contest(place, metric) for metric in METRICS for place in self.places())
+        return (self.contest(place, metric) for metric in self.metrics for place in self.places())
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return column, row and value of the sweep of the places, each once."""
+        return tuple(dict.fromkeys(Group(place.column, place.row, place.sweep) for place in self.places()))
+
+    def personal(self, group: Group, contestant: str) -> dict[int, PersonalResult]:
+        """Return what a contestant's clients' own models came to, by seed."""
+        return {
+            one.cell.seed: one.personal
+            for one in self.cells
+            if one.personal is not None
+            and (one.cell.column, one.cell.row) == (group.column, group.row)
+            and (group.sweep is None or one.cell.sweep == group.sweep)
+            and self._contestant(one.cell) == contestant
+        }
+
+    @property
+    def has_personal(self) -> bool:
+        """Whether any run evaluated the clients' own models."""
+        return any(one.personal is not None for one in self.cells)
+
+    def _contestant(self, cell: Cell) -> str:
+        return cell.swept if self.values_compete else cell.method
 
     @property
     def failures(self) -> tuple[CellResult, ...]:
@@ -263,18 +367,19 @@ class Comparison:
             "runs": [one.json() for one in self.cells],
             "means": [
                 {
-                    **asdict(place),
+                    **place.json(),
                     "contestant": name,
-                    **{figure: _spread_json(self, place, name, figure) for figure in _TIER_FIGURES},
+                    **_spreads_json([tier.figures for tier in found.values()]),
                 }
                 for place in self.places()
                 for name in self.contestants
-                if self.at(place, name)
+                if (found := self.at(place, name))
             ],
+            **({"personal": list(self._personal_json())} if self.has_personal else {}),
             "contests": [
                 {
-                    **asdict(contest.place),
-                    "metric": contest.metric.name,
+                    **contest.place.json(),
+                    "metric": contest.metric.key,
                     "best": contest.best,
                     "ties": sorted(contest.ties),
                     "tests": [test.json() for test in contest.tests],
@@ -283,10 +388,22 @@ class Comparison:
             ],
         }
 
+    def _personal_json(self) -> Iterator[dict[str, Json]]:
+        for group in self.groups():
+            for name in self.contestants:
+                found = [asdict(result) for result in self.personal(group, name).values()]
+                if found:
+                    yield {**asdict(group), "contestant": name, **_spreads_json(found)}
 
-def _spread_json(comparison: Comparison, place: Place, name: str, figure: str) -> dict[str, Json] | None:
-    spread = comparison.spread(place, name, lambda tier: float(getattr(tier, figure)))
-    return None if spread is None else spread.json()
+
+def _spreads_json(results: Sequence[Mapping[str, float]]) -> dict[str, Json]:
+    """Return mean and spread over results of every figure, by name; null for one that was never recorded."""
+    spreads = {name: Spread.of([result.get(name, math.nan) for result in results]) for name in results[0]}
+    return {name: None if spread is None else spread.json() for name, spread in spreads.items()}
+
+
+def _adapter_json(adapter_top_k: int | None) -> dict[str, Json]:
+    return {} if adapter_top_k is None else {"adapter_top_k": adapter_top_k}
 
 
 def _finite(value: Any) -> Any:
@@ -300,8 +417,20 @@ def collect(grid: Grid, folder: Path, problems: Mapping[str, str]) -> Comparison
         grid: The grid.
         folder: The comparison's folder; runs are in its `runs`.
         problems: By cell name, why it failed when last tried.
+
+    Raises:
+        RunFolderError: Some runs are judged by one metric and some by another.
     """
-    return Comparison(grid, tuple(_read(cell, folder / "runs" / cell.name, problems) for cell in grid.cells))
+    cells = tuple(_read(cell, folder / "runs" / cell.name, problems) for cell in grid.cells)
+    judged = {one.headline: one.cell for one in reversed(cells) if one.headline is not None}
+    if len(judged) > 1:
+        told = ", ".join(f"{metric.title} in {cell.title!r}" for metric, cell in reversed(judged.items()))
+        raise RunFolderError(
+            f"{folder}: runs are judged by different metrics ({told}), which cannot be compared; make an arena for each"
+        )
+    names = {cell.name for cell in grid.cells}
+    others = sorted(path.parent.name for path in folder.glob("runs/*/config.yaml") if path.parent.name not in names)
+    return Comparison(grid, cells, tuple(others))
 
 
 def is_done(cell: Cell, run: Path) -> bool:
@@ -331,28 +460,33 @@ def _read(cell: Cell, path: Path, problems: Mapping[str, str]) -> CellResult:
         bytes_up=total(line.bytes_up for line in run.rounds),
         peak_memory_bytes=largest(line.peak_memory_bytes for line in run.rounds),
         seconds=total([*before, *(line.seconds for line in run.rounds)]),
-        tiers=_tiers(run) if done else (),
+        tiers=tuple(_tier(run, tier) for tier in evaluated_tiers(run)) if done else (),
+        headline=run.headline,
+        personal=_personal(run) if done else None,
     )
 
 
-def _tiers(run: ReadRun) -> tuple[TierResult, ...]:
-    return tuple(_tier(run, tier) for tier in evaluated_tiers(run))
+def _personal(run: ReadRun) -> PersonalResult | None:
+    if not run.personal_summaries:
+        return None
+    last = run.personal_summaries[-1]
+    return PersonalResult(last.clients, last.mean, last.worst_decile, last.spread, last.loss_mean)
 
 
 def _tier(run: ReadRun, tier: TierView) -> TierResult:
     lines, clients = evaluations_at(run, tier), clients_at(run, tier)
     first, last = lines[0], lines[-1]
+    shown = (run.headline, loss_beside(run.headline))
     return TierResult(
         tier=tier.name or tier.budget,
         top_k=tier.top_k,
-        rouge_l=last.rouge_l,
-        loss=last.loss,
-        rouge_l_before=first.rouge_l,
-        loss_before=first.loss,
+        quality={metric.key: last.of(metric) for metric in shown},
+        before={metric.key: first.of(metric) for metric in shown},
         examples=last.examples or 0,
         flops=mean(line.flops for line in clients),
         bytes_down=mean(line.bytes_down for line in clients),
         bytes_up=mean(line.bytes_up for line in clients),
         seconds=mean(line.seconds for line in clients),
         peak_memory_bytes=largest(line.peak_memory_bytes for line in clients),
+        adapter_top_k=tier.adapter_top_k,
     )

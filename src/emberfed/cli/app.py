@@ -38,6 +38,7 @@ class ExportFormat(StrEnum):
     """What `emberfed export` writes."""
 
     peft = "peft"
+    adapter = "adapter"
     merged = "merged"
 
 
@@ -136,25 +137,29 @@ def evaluate(
     top_k: Annotated[
         str | None, typer.Option(metavar="K,K,...", help="Numbers of active experts; none: those of the run's tiers.")
     ] = None,
+    adapter_top_k: Annotated[
+        str | None, typer.Option(metavar="K,K,...", help="The same of a sparse adapter's experts (FFT-MoE).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run's newest round on its held-out examples."""
     with output(as_json).errors():
-        wanted = None if top_k is None else _whole_numbers(top_k)
+        wanted = None if top_k is None else _whole_numbers("--top-k", top_k)
+        own = None if adapter_top_k is None else _whole_numbers("--adapter-top-k", adapter_top_k)
         from emberfed.cli import tables, training
 
-        lines = training.evaluate(run, wanted)
+        lines = training.evaluate(run, wanted, own)
         shown = [tables.evaluations(lines)]
         if len(lines[0]["categories"]) > 1:
             shown.append(tables.categories(lines))
         output(as_json).result({"evaluations": lines}, *shown)
 
 
-def _whole_numbers(text: str) -> list[int]:
+def _whole_numbers(option: str, text: str) -> list[int]:
     """Parse `1,2,4`. Raises: ConfigError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"--top-k {text!r}: expected different whole numbers above 0, e.g. --top-k 1,2,4,8")
+        raise ConfigError(f"{option} {text!r}: expected different whole numbers above 0, e.g. {option} 1,2,4,8")
     return [int(part) for part in parts]
 
 
@@ -164,7 +169,10 @@ def export(
     folder: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write, absent or empty.")],
     format: Annotated[
         ExportFormat,
-        typer.Option(help="peft: the adapter, for PEFT. merged: the base with the adapter in it, for transformers."),
+        typer.Option(
+            help="peft: the LoRA, for PEFT. adapter: an adapter beside the FFN, for emberfed.load_adapter. merged: the "
+            "base with the LoRA in it, for transformers."
+        ),
     ] = ExportFormat.peft,
     round: Annotated[int | None, typer.Option(min=0, help="Which round; none: the newest.")] = None,
     as_json: AsJson = False,
@@ -308,8 +316,7 @@ def doctor(config: Config = None, overrides: Overrides = None, as_json: AsJson =
         from emberfed.cli import tables
         from emberfed.cli.doctor import examine, examine_model
 
-        wanted = configuration.load(config, overrides or ()).model
-        model, memory = examine_model(wanted)
+        model, memory = examine_model(configuration.load(config, overrides or ()))
         found = [*examine(Path("runs")), model]
         document = {"checks": [asdict(check) for check in found], "memory": [row.json() for row in memory]}
         output(as_json).result(document, tables.checks(found), *tables.memory(memory))

@@ -18,11 +18,12 @@ from emberfed import events
 from emberfed.arena import markdown as words
 from emberfed.arena import running
 from emberfed.arena.grid import Cell, Grid
-from emberfed.arena.results import METRICS, Comparison, Metric, Place
+from emberfed.arena.results import Comparison, Place
 from emberfed.cli.progress import Plan, Position
 from emberfed.cli.stopping import Stop
 from emberfed.cli.tables import plain_table
 from emberfed.errors import ConfigError, Interrupted
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 
 
@@ -55,10 +56,12 @@ def tables(comparison: Comparison, folder: Path) -> list[RenderableType]:
     groups = dict.fromkeys((place.sweep, place.column, place.row) for place in places)
     shown: list[RenderableType] = [
         _table(comparison, metric, [place for place in places if (place.sweep, place.column, place.row) == group])
-        for metric in METRICS
+        for metric in comparison.metrics
         for group in groups
     ]
-    shown += [Text(note.replace("Bold", "Green"), style="dim") for note in words.footnotes(comparison)]
+    shown += [Text(note.replace("Bold", _BEST), style="dim") for note in words.footnotes(comparison)]
+    shown += [_personal(comparison)] if comparison.has_personal else []
+    shown += [Text(said, style="yellow") for said in words.left_out(comparison)]
     shown += [Text(said, style="bold red") for said in words.without_result(comparison)]
     done = f"{sum(one.state == 'done' for one in comparison.cells)} of {len(grid.cells)} runs done"
     return [*shown, Text("\ncomparison   ", style="bold") + Text(f"{folder / 'comparison.html'} ({done})")]
@@ -67,19 +70,36 @@ def tables(comparison: Comparison, folder: Path) -> list[RenderableType]:
 def _table(comparison: Comparison, metric: Metric, places: Sequence[Place]) -> RenderableType:
     """Return the papers' table turned on its side, so that many methods fit: a row per method."""
     first = places[0]
-    parts = [metric.title, first.column, first.row, comparison.grid.swept(first.sweep)]
+    parts = [metric.with_unit, first.column, first.row, comparison.grid.swept(first.sweep)]
     table = plain_table(f"{', '.join(part for part in parts if part)} ({metric.direction})")
     table.add_column("", overflow="fold")
     for place in places:
-        table.add_column(f"{place.tier} K={place.top_k}", justify="right", no_wrap=True)
+        table.add_column(
+            f"{place.tier} {place.budget.replace(numbers.SPACE, '')}".strip(), justify="right", no_wrap=True
+        )
     contests = [comparison.contest(place, metric) for place in places]
     for name in comparison.contestants:
         marked = []
         for contest in contests:
             text, standing = words.cell_text(contest, name, len(comparison.grid.seeds), digits=3)
             style = "green" if standing == "best" else ""
-            marked.append(Text(f"{text} {words.TIE}" if standing == "tie" else text, style=style))
+            mark = {"best": f" {_BEST}", "tie": f" {words.TIE}", "": ""}[standing]
+            marked.append(Text(f"{text}{mark}", style=style))
         table.add_row(name, *marked)
+    return table
+
+
+_BEST = "*"
+"""Marks the best where there may be no colour."""
+
+
+def _personal(comparison: Comparison) -> RenderableType:
+    table = plain_table(f"Clients’ own models, {comparison.headline.title} ({comparison.headline.direction})")
+    table.add_column("", overflow="fold")
+    for name in words.PERSONAL:
+        table.add_column(name, justify="right")
+    for told, figures in words.personal(comparison):
+        table.add_row(", ".join(told), *figures)
     return table
 
 
@@ -161,7 +181,8 @@ def _said(cell: Cell, event: events.Event) -> str | None:
     if isinstance(event, events.RoundDone):
         scores = ", ".join(f"{tier} {numbers.score(value)}" for tier, value in event.quality.items())
         name = f"round {event.round} of {cell.config.training.rounds}" if event.round else "before training"
-        return f"{name}, {numbers.seconds(event.seconds)}{f', ROUGE-L {scores}' if scores else ''}"
+        told = f", {cell.config.task.metric.title} {scores}" if scores else ""
+        return f"{name}, {numbers.seconds(event.seconds)}{told}"
     if isinstance(event, events.ClientDone) and event.problem is not None:
         return f"round {event.round}: client {event.client} {event.problem}"
     if isinstance(event, events.Notice):

@@ -8,13 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from emberfed import assembly
 from emberfed.cli.tables import plain_table
 from emberfed.config import RunConfig
-from emberfed.data.inspect import ClientData, Inspection, inspect
-from emberfed.data.loading import load
-from emberfed.data.partition import partition
-from emberfed.data.tokenise import tokenise
-from emberfed.models.loading import load_tokenizer
+from emberfed.data.inspect import ClientData, Inspection
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
 
@@ -23,17 +20,21 @@ _WIDEST_MATRIX = 10
 
 _MOST_FREQUENT = "Most frequent labels"
 
+_COLUMNS = {
+    "target_tokens": "Target tokens",
+    "truncated_prompts": "Cut prompts",
+    "truncated_responses": "Cut responses",
+    "without_target": "Dropped",
+    "tokens": "Tokens",
+    "truncated": "Cut",
+    "resized": "Resized",
+}
+"""Headings of what a shard reports."""
+
 
 def inspect_data(config: RunConfig) -> Inspection:
-    """Load, divide and tokenise as a run would. Raises: DataError, ModelError."""
-    seeds = Seeds(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    corpus = load(config.data, seeds)
-    divided = partition(corpus.train, config.data.partition, config.clients.count, seeds)
-    shards = {
-        id_: tokenise(corpus.train.select(rows), tokenizer, config.data, id_) for id_, rows in divided.rows.items()
-    }
-    return inspect(corpus, divided, shards)
+    """Load, divide and make examples as a run would. Raises: DataError, ModelError."""
+    return assembly.divide(config, Seeds(config.seed)).inspection
 
 
 def tables(inspection: Inspection) -> list[RenderableType]:
@@ -49,16 +50,12 @@ def tables(inspection: Inspection) -> list[RenderableType]:
 def _clients(inspection: Inspection, label_columns: tuple[str, ...]) -> Table:
     table = plain_table("Clients")
     table.add_column("Client", no_wrap=True)
-    for name in ("Examples", "Target tokens", "Cut", "Dropped", *label_columns):
+    counted = [name for name in inspection.clients[0].report.json() if name != "examples"]
+    for name in ("Examples", *(_COLUMNS.get(name, name) for name in counted), *label_columns):
         table.add_column(name, justify="left" if name == _MOST_FREQUENT else "right")
     for data in inspection.clients:
-        report = data.report
-        cells = [
-            numbers.count(report.examples),
-            numbers.count(report.target_tokens),
-            numbers.count(report.truncated_prompts + report.truncated_responses),
-            numbers.count(report.without_target),
-        ]
+        report = data.report.json()
+        cells = [numbers.count(report[name]) for name in ("examples", *counted)]
         labels = {"Skew": f"{data.skew:.2f}", _MOST_FREQUENT: _most_frequent(data)}
         table.add_row(data.client, *cells, *(labels[name] for name in label_columns))
     return table
@@ -81,14 +78,21 @@ def _labels(inspection: Inspection, totals: Counter[str]) -> Table:
 
 def _loading(inspection: Inspection) -> Text:
     load = inspection.load
-    left_out = {"duplicates": load.duplicates, "without a response": load.empty, "over data.limit": load.over_limit}
+    left_out = {"duplicates": load.duplicates, "empty": load.empty, "over data.limit": load.over_limit}
     reasons = ", ".join(f"{numbers.count(count)} {why}" for why, count in left_out.items() if count)
-    return Text(
+    meanings = {
+        "truncated_prompts": "Cut: shortened to data.max_length. Dropped: no response token.",
+        "truncated": "Cut: shortened to data.max_length.",
+        "resized": "Resized: of another size than the model's.",
+    }
+    counted = inspection.clients[0].report.json()
+    lines = [
         f"{numbers.count(load.read)} records read as {load.format}: {numbers.count(load.train)} to train on, "
-        f"{numbers.count(load.test)} held out; left out: {reasons or 'none'}.\n"
-        "Cut: shortened to data.max_length. Dropped: no response token.\n"
-        "Skew: distance between a client's labels and everybody's, from 0 to 1."
-    )
+        f"{numbers.count(load.test)} held out; left out: {reasons or 'none'}.",
+        *(meaning for name, meaning in meanings.items() if name in counted),
+        "Skew: distance between a client's labels and everybody's, from 0 to 1.",
+    ]
+    return Text("\n".join(lines))
 
 
 def _total_labels(inspection: Inspection) -> Counter[str]:

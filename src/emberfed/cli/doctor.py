@@ -20,12 +20,10 @@ from transformers import PreTrainedTokenizerBase
 import emberfed
 from emberfed.assembly import versions
 from emberfed.builtin import corpus
-from emberfed.data.tokenise import check_vocabulary
+from emberfed.config import RunConfig
 from emberfed.errors import EmberfedError
-from emberfed.models.config import ModelConfig
 from emberfed.models.footprint import ModuleMemory, memory_by_module, total
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.models.loading import load
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
 
@@ -65,24 +63,41 @@ def examine(folder: Path) -> Iterator[Check]:
     yield _extras()
 
 
-def examine_model(config: ModelConfig) -> tuple[Check, tuple[ModuleMemory, ...]]:
-    """Load a model and let it answer; return what was found, and what its weights occupy, in all last."""
+def examine_model(config: RunConfig) -> tuple[Check, tuple[ModuleMemory, ...]]:
+    """Load a model and let it do its task once; return what was found, and what its weights occupy, in all last."""
     started = time.perf_counter()
-    name = "the built-in model" if config.path == "builtin" else config.path
+    name = "the built-in model" if config.model.path == "builtin" else config.model.path
     try:
-        model, tokenizer = load(config)
-        check_vocabulary(tokenizer, model.shape.vocabulary)
-        text = _answer(model, tokenizer)
+        model, found = _generates(config) if config.data.task == "generation" else _chooses(config)
     except EmberfedError as error:
         return Check("model", "broken", str(error)), ()
     seconds = numbers.seconds(time.perf_counter() - started)
     rows = memory_by_module(model.lm)
     memory = (*rows, total(rows))
-    if text:
-        return Check("model", "ok", f"{name} answers in {seconds}: {text!r}"), memory
-    if config.path == "builtin":
+    if found:
+        return Check("model", "ok", f"{name} {found} in {seconds}"), memory
+    if config.model.path == "builtin":
         return Check("model", "broken", f"{name} gives an empty answer; install emberfed again"), memory
     return Check("model", "warning", f"{name} loads in {seconds}, but answers a plain question with nothing"), memory
+
+
+def _generates(config: RunConfig) -> tuple[FoundationModel, str]:
+    """Load a model that generates, and say what it answers; nothing if that is empty. Raises: ModelError."""
+    tokenizer = config.task.processor(config.model)
+    model = config.task.model(config.model, tokenizer, ())
+    text = _answer(model, tokenizer)
+    return model, f"answers {text!r}" if text else ""
+
+
+def _chooses(config: RunConfig) -> tuple[FoundationModel, str]:
+    """Load a model that chooses a class, and try it on an example. Raises: ModelError, DataError."""
+    task, section = config.task, config.data
+    processor, corpus = task.processor(config.model), task.corpus(section, Seeds(config.seed))
+    model = task.model(config.model, processor, corpus.classes)
+    shard = task.shard(corpus.test.select([0]), processor, section, corpus.classes, "test split")
+    with torch.inference_mode():
+        task.forward(model, shard.collate(shard.examples).to(model.device))
+    return model, f"tells {len(corpus.classes)} classes apart"
 
 
 def _system() -> str:

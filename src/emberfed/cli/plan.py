@@ -12,19 +12,19 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emberfed import assembly
+from emberfed import assembly, federated
 from emberfed.assembly import Material
 from emberfed.cli.tables import plain_table
 from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig
 from emberfed.costs import Work, backward_flops, forward_flops, recomputed_flops, training_flops
-from emberfed.data.tokenise import IGNORED, Batch, collate
+from emberfed.data.shard import Batch
 from emberfed.memory import Step, TrainingMemory, training_memory
 from emberfed.method import Method
 from emberfed.records import Bundle, Rank, TensorSpec
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
-from emberfed.training import Trainer, TrainingConfig, check_possible, step_count
+from emberfed.training import Trainer, TrainingConfig, step_count
 
 
 @final
@@ -64,7 +64,6 @@ class TierPlan:
 def plan(config: RunConfig) -> tuple[TierPlan, ...]:
     """Load model and data as a run would, and count. Raises: ConfigError, DataError, ModelError."""
     material = assembly.gather(config)
-    check_possible(material.model, config.training)
     method = config.method_type(config.method, config.adapter, Trainer(config.training))
     state = method.init(material.model, material.budgets, Seeds(config.seed).at(purpose="init"))
     return tuple(_tier(config, material, method, state, budget) for budget in material.budgets)
@@ -75,14 +74,21 @@ def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, 
     clients = [client for client in material.clients if client.budget.tier == budget.tier]
     download = method.dispatch(state, clients[0], 1)
     wanted, top_k = method.expects(state, download), download.content.meta["top_k"]
-    adapter = {name: _largest_tensor(spec) for name, spec in wanted.items() if name.startswith("layers.")}
-    steps = [step for client in clients for step in _steps(config, material, client)]
-    largest = _largest(steps, config.training)
-    works = [_work(batch, top_k) for step in steps for batch in step]
-    one = Work.of_batch(largest.sequences, largest.length, top_k, largest.sequences * largest.head_positions)
-    times = largest.micro_batches
+    adapter = {
+        name: _largest_tensor(spec) for name, spec in wanted.items() if name.startswith(federated.ADAPTER_PREFIXES)
+    }
+    active = download.content.meta.get("adapter_top_k", 0)
     with model.active_experts(top_k):
+        steps = [
+            [_with_adapter(config.task.work(model, batch), active) for batch in step]
+            for client in clients
+            for step in _steps(config, material, client)
+        ]
+        largest = _largest(steps, config.training, active)
         memory = training_memory(model, adapter, largest)
+    works = [work for step in steps for work in step]
+    full = Work.of_batch(largest.sequences, largest.length, top_k, largest.sequences * largest.head_positions)
+    one, times = _with_adapter(full, active), largest.micro_batches
     return TierPlan(
         tier=budget.tier,
         top_k=top_k,
@@ -109,30 +115,31 @@ def _steps(config: RunConfig, material: Material, client: Client) -> Iterator[li
         for examples in shard.batches(training.batch_size, seeds.torch(f"order {epoch}"))
     )
     for examples in islice(groups, step_count(training, len(shard.examples))):
-        yield [collate(examples[start : start + micro], shard.pad_token_id) for start in range(0, len(examples), micro)]
+        yield [shard.collate(examples[start : start + micro]) for start in range(0, len(examples), micro)]
 
 
-def _head_positions(batch: Batch) -> int:
-    return int((batch.labels[:, 1:] != IGNORED).any(dim=0).sum())
+def _with_adapter(work: Work, top_k: int) -> Work:
+    """Add what a sparse adapter gets at its own K; 0: there is none."""
+    return replace(work, adapter_rows=work.routed_tokens * top_k)
 
 
-def _work(batch: Batch, top_k: int) -> Work:
-    sequences, length = batch.input_ids.shape
-    full = Work.of_batch(sequences, length, top_k, sequences * _head_positions(batch))
-    return replace(full, routed_tokens=int(batch.attention_mask.sum()))
-
-
-def _largest(steps: Sequence[Sequence[Batch]], training: TrainingConfig) -> Step:
+def _largest(steps: Sequence[Sequence[Work]], training: TrainingConfig, adapter_top_k: int) -> Step:
     """Return a step that is in every respect as large as any of these."""
-    batches = [batch for step in steps for batch in step]
+    works = [work for step in steps for work in step]
     return Step(
-        sequences=max(batch.input_ids.shape[0] for batch in batches),
-        length=max(batch.input_ids.shape[1] for batch in batches),
-        head_positions=max(map(_head_positions, batches)),
+        sequences=max(map(_sequences, works)),
+        length=max(work.tokens // _sequences(work) for work in works),
+        head_positions=max(work.head_tokens // _sequences(work) for work in works),
         micro_batches=max(map(len, steps)),
         checkpointing=training.gradient_checkpointing,
         anchored=training.proximal_mu > 0,
+        adapter_top_k=adapter_top_k,
     )
+
+
+def _sequences(work: Work) -> int:
+    """Return the number of sequences of a pass: B L tokens squared are B times the B L^2 attended pairs."""
+    return work.tokens**2 // work.attended_pairs
 
 
 def _largest_tensor(spec: TensorSpec) -> torch.Tensor:
@@ -153,12 +160,14 @@ needs some hundred megabytes more, for Python, the libraries and the kernels the
 
 
 def _step_table(plans: Sequence[TierPlan]) -> Table:
-    table = _table("Largest step", "K", "Sequences", "Length", "Forward", "Backward", "Again")
+    beside = any(plan.step.adapter_top_k for plan in plans)
+    table = _table("Largest step", "k" if beside else "K", "Sequences", "Length", "Forward", "Backward", "Again")
     for plan in plans:
         step = plan.step
         sequences = str(step.sequences) if step.micro_batches == 1 else f"{step.micro_batches} × {step.sequences}"
         flops = (plan.forward_flops, plan.backward_flops, plan.recomputed_flops)
-        table.add_row(plan.tier, str(plan.top_k), sequences, str(step.length), *map(numbers.flops, flops))
+        active = step.adapter_top_k or plan.top_k
+        table.add_row(plan.tier, str(active), sequences, str(step.length), *map(numbers.flops, flops))
     return table
 
 

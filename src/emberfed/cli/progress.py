@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emberfed import events
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 
 if TYPE_CHECKING:
@@ -33,19 +34,21 @@ class Plan:
         clients: Clients that train in one round.
         tiers: Tiers of one evaluation.
         every: Rounds between evaluations, as in `evaluation.every`.
+        headline: What a model is judged by.
     """
 
     rounds: int
     clients: int
     tiers: int
     every: int
+    headline: Metric
 
     @staticmethod
     def of(config: RunConfig, rounds: int | None = None) -> Plan:
         """Return the plan of a configuration, with another number of rounds if one is given."""
         clients = config.clients
         tiers = sum(config.evaluation.includes(tier.name) for tier in clients.tiers)
-        return Plan(rounds or config.training.rounds, clients.asked, tiers, config.evaluation.every)
+        return Plan(rounds or config.training.rounds, clients.asked, tiers, config.evaluation.every, config.task.metric)
 
     def evaluated(self, round: int) -> bool:
         """Return whether the model is evaluated after `round`."""
@@ -232,7 +235,8 @@ class Lines(Display):
         if isinstance(event, events.RoundDone):
             scores = ", ".join(f"{tier} {numbers.score(value)}" for tier, value in event.quality.items())
             name = f"round {event.round} of {self.position.plan.rounds}" if event.round else "before training"
-            return f"{name}: done in {numbers.seconds(event.seconds)}{f', ROUGE-L {scores}' if scores else ''}"
+            told = f", {self.position.plan.headline.title} {scores}" if scores else ""
+            return f"{name}: done in {numbers.seconds(event.seconds)}{told}"
         if isinstance(event, events.Notice):
             return f"{event.level}: {event.message}"
         return None
@@ -307,7 +311,7 @@ class Bars(Display):
         if lasting is None:
             return
         if isinstance(event, events.RoundDone) and not self._headed:
-            self._progress.console.print(Text(f"{'':9}{'time':>12}  ROUGE-L by tier", style="dim"))
+            self._progress.console.print(Text(f"{'':9}{'time':>12}  {here.plan.headline.title} by tier", style="dim"))
             self._headed = True
         self._progress.console.print(lasting)
 

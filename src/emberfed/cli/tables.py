@@ -11,8 +11,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from emberfed import metrics
 from emberfed.cli.options import Option
 from emberfed.cli.stopping import resume_command
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 
 if TYPE_CHECKING:
@@ -28,22 +30,39 @@ def quality(summary: Summary) -> Table:
     rounds = f"{summary.rounds} round" if summary.rounds == 1 else f"{summary.rounds} rounds"
     table = plain_table(f"Held-out quality before → after {rounds}")
     table.add_column("Tier", overflow="fold")
-    for name in ("K", "ROUGE-L", "Change", "Loss", "Change"):
+    active = {tier.budget[:1] for tier in summary.tiers} - {""}
+    for name in (*active, *(head for metric in _shown(summary) for head in (metric.heading, "Change"))):
         table.add_column(name, justify="right", no_wrap=True)
     for tier in summary.tiers:
-        table.add_row(
-            tier.tier,
-            str(tier.top_k),
-            f"{numbers.score(tier.rouge_l_before)} → {numbers.score(tier.rouge_l_after)}",
-            _change(tier.rouge_l_before, tier.rouge_l_after, better=1),
-            f"{numbers.score(tier.loss_before)} → {numbers.score(tier.loss_after)}",
-            _change(tier.loss_before, tier.loss_after, better=-1),
-        )
+        own = tier.top_k if tier.adapter_top_k is None else tier.adapter_top_k
+        cells: list[str | Text] = [str(own)] if active else []
+        for metric in _shown(summary):
+            before, after = tier.before[metric.key], tier.after[metric.key]
+            cells += [f"{numbers.score(before)} → {numbers.score(after)}", _change(before, after, metric)]
+        table.add_row(tier.tier, *cells)
     return table
 
 
-def _change(before: float, after: float, better: int) -> Text:
-    gain = round(after - before, 3) * better
+def _shown(summary: Summary) -> tuple[Metric, Metric]:
+    return summary.headline, metrics.loss_beside(summary.headline)
+
+
+def personal(summary: Summary) -> tuple[Text, ...]:
+    """A line on the clients' own models; nothing without any."""
+    if not summary.personal:
+        return ()
+    first, last = summary.personal[0], summary.personal[-1]
+    told = {
+        f"mean {summary.headline.title}": (first.mean, last.mean),
+        "worst tenth": (first.worst_decile, last.worst_decile),
+        "standard deviation": (first.spread, last.spread),
+    }
+    listed = ", ".join(f"{what} {numbers.score(one)} → {numbers.score(two)}" for what, (one, two) in told.items())
+    return (Text("clients’ own models  ", style="bold") + Text(f"{listed} over {last.clients} clients\n"),)
+
+
+def _change(before: float, after: float, metric: Metric) -> Text:
+    gain = round(after - before, 3) * metric.sign
     return Text(numbers.change(before, after), style="green" if gain > 0 else "red" if gain < 0 else "")
 
 
@@ -71,44 +90,63 @@ def next_steps(summary: Summary) -> Text:
         [
             Text("\nreport       ", style="bold") + Text(str(summary.report)),
             Text("next         ", style="bold") + Text(f"{resume_command(summary.run)} --rounds {summary.rounds + 2}"),
-            Text(f"             emberfed evaluate {run} --top-k {_every_k(summary)}"),
+            Text(f"             emberfed evaluate {run}{_every_k(summary)}"),
         ]
     )
 
 
 def _every_k(summary: Summary) -> str:
-    return ",".join(str(top_k) for top_k in sorted({tier.top_k for tier in summary.tiers})) or "1"
+    """Return the option that asks for every number of active experts there is; nothing if there is one only."""
+    own = sorted({tier.adapter_top_k for tier in summary.tiers if tier.adapter_top_k is not None})
+    option, found = ("--adapter-top-k", own) if own else ("--top-k", sorted({tier.top_k for tier in summary.tiers}))
+    told = any(tier.budget for tier in summary.tiers)
+    return f" {option} {','.join(map(str, found))}" if told else ""
 
 
 def evaluations(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Evaluations at several K, and ROUGE-L by category where there is more than one."""
+    """Evaluations at several K."""
+    shown = metrics.recorded_with(metrics.headline_in(lines[0]))
+    active = _active(lines)
     table = plain_table(f"Held-out quality after round {lines[0]['round']}, {lines[0]['examples']} examples")
     table.add_column("Tier", overflow="fold")
-    names = ("K", "ROUGE-L", "Loss", "Perplexity", "Time")
-    for name in names:
+    for name in (*active, *(metric.heading for metric in shown), "Time"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(
             line["tier"],
-            str(line["top_k"]),
-            numbers.score(line["rouge_l"]),
-            numbers.score(line["loss"]),
-            f"{line['perplexity']:.2f}",
+            *(str(line[key]) for key in active.values()),
+            *(_score(line[metric.key], metric) for metric in shown),
             numbers.seconds(line["seconds"]),
         )
     return table
 
 
+def _active(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
+    """Return the key of the numbers of active experts that tell evaluations apart, by its heading."""
+    known = {"K": "top_k", "k": "adapter_top_k"}
+    present = {heading: key for heading, key in known.items() if all(key in line for line in lines)}
+    differing = {heading: key for heading, key in present.items() if len({line[key] for line in lines}) > 1}
+    return differing or {"K": "top_k"}
+
+
+def _score(value: float | None, metric: Metric) -> str:
+    if value is None:
+        return numbers.MISSING
+    return f"{value:.2f}" if metric.key == "perplexity" else numbers.score(value)
+
+
 def categories(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """ROUGE-L by category, a column per evaluation."""
-    table = plain_table("ROUGE-L by category")
-    table.add_column("Category")
+    """The headline metric by category, a column per evaluation."""
+    metric = metrics.headline_in(lines[0])
+    table = plain_table(f"{metric.heading} by {metric.by}")
+    (heading, key), *_ = _active(lines).items()
+    table.add_column(metric.by.capitalize())
     table.add_column("Examples", justify="right")
     for line in lines:
-        table.add_column(f"K = {line['top_k']}", justify="right", no_wrap=True)
+        table.add_column(f"{heading} = {line[key]}", justify="right", no_wrap=True)
     for name in sorted(lines[0]["categories"]):
         scores = [line["categories"][name] for line in lines]
-        table.add_row(name, str(scores[0]["examples"]), *(numbers.score(score["rouge_l"]) for score in scores))
+        table.add_row(name, str(scores[0]["examples"]), *(_score(score[metric.key], metric) for score in scores))
     return table
 
 

@@ -46,6 +46,22 @@ class LabelPartition(Section):
     labels_per_client: int = Field(ge=1)
 
 
+class ShardsPartition(Section):
+    """McMahan's pathological division: examples sorted by label are cut into equal pieces, dealt at random.
+
+    A client holds about as many labels as pieces, and never more than one more for each piece. Source: McMahan et
+    al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data, section 3.
+
+    Attributes:
+        by: Column of the labels.
+        shards_per_client: How many pieces each client gets.
+    """
+
+    kind: Literal["shards"]
+    by: str = "category"
+    shards_per_client: int = Field(2, ge=1)
+
+
 class NaturalPartition(Section):
     """One client per value of a column (the clients the data really came from); `clients.count` is their number.
 
@@ -69,32 +85,81 @@ class SizePartition(Section):
 
 
 PartitionConfig = Annotated[
-    IidPartition | DirichletPartition | LabelPartition | NaturalPartition | SizePartition, Field(discriminator="kind")
+    IidPartition | DirichletPartition | LabelPartition | ShardsPartition | NaturalPartition | SizePartition,
+    Field(discriminator="kind"),
 ]
 
 
-class DataConfig(Section):
-    """What is trained on.
+class CorpusConfig(Section):
+    """What is trained on, whatever the task.
 
     Attributes:
-        path: `builtin`, a hub id, a local file (.json, .jsonl, .parquet, .csv), a folder of such files, or a folder
-            that `Dataset.save_to_disk` wrote.
-        split: Split of a hub data set, or of a folder whose file names begin with their split. A folder with
-            `local_training_<i>.json` is Shepherd's: for `train` only those are read.
-        format: Shape of the records; `auto` recognises it from their columns.
+        task: What the model learns to do; it decides which other keys there are.
+        path: `builtin`, a hub id, a local file or folder.
+        split: Split of a hub data set, or of a folder that has splits.
         limit: Examples kept at most (held-out ones included), chosen at random by the seed; null: all.
         test_size: Examples held out for evaluation, before the rest is divided over clients.
-        template: How a prompt is written: `alpaca`, `short` (alpaca's without its opening paragraph), or `chat` (the
-            tokenizer's own chat template).
-        max_length: Tokens of prompt and response together; longer examples are cut, see `data.tokenise`.
+        client_test_share: Share of each client's examples that is kept for evaluating its own model, and not trained
+            on; 0: none.
         partition: How the training examples are divided over clients.
     """
 
+    task: str
     path: str = Field("builtin", min_length=1)
     split: str = "train"
-    format: Format = "auto"
     limit: int | None = Field(None, ge=2)
     test_size: int = Field(96, ge=1)
+    client_test_share: float = Field(0.0, ge=0, le=0.5)
+    partition: PartitionConfig = Field(default_factory=IidPartition)
+
+
+class DataConfig(CorpusConfig):
+    """Instructions and responses, for a model that generates text.
+
+    `path` may be a local file (.json, .jsonl, .parquet, .csv), a folder of such files, or a folder that
+    `Dataset.save_to_disk` wrote. A folder whose file names begin with their split has splits. A folder with
+    `local_training_<i>.json` is Shepherd's: for `train` only those are read.
+
+    Attributes:
+        format: Shape of the records; `auto` recognises it from their columns.
+        template: How a prompt is written: `alpaca`, `short` (alpaca's without its opening paragraph), or `chat` (the
+            tokenizer's own chat template).
+        max_length: Tokens of prompt and response together; longer examples are cut, see `data.tokenise`.
+    """
+
+    task: Literal["generation"] = "generation"
+    format: Format = "auto"
     template: Template = "alpaca"
     max_length: int = Field(512, ge=8)
-    partition: PartitionConfig = Field(default_factory=IidPartition)
+
+
+class ImageDataConfig(CorpusConfig):
+    """Images with one class each.
+
+    `path` may be a folder with a sub-folder of images for each class (or one with a folder for each split above
+    those), a .parquet file, or a folder that `Dataset.save_to_disk` wrote.
+
+    Attributes:
+        image: Column of the images.
+        label: Column of the classes, whole numbers or words.
+    """
+
+    task: Literal["image_classification"]
+    test_size: int = Field(400, ge=1)
+    image: str = Field("image", min_length=1)
+    label: str = Field("label", min_length=1)
+
+
+class TextClassDataConfig(CorpusConfig):
+    """Texts with one class each. `path` may be what it may be for text that is generated.
+
+    Attributes:
+        text: Column of the texts.
+        label: Column of the classes, whole numbers or words.
+        max_length: Tokens of a text; longer ones are cut at their end.
+    """
+
+    task: Literal["text_classification"]
+    text: str = Field("text", min_length=1)
+    label: str = Field("label", min_length=1)
+    max_length: int = Field(128, ge=4)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, final
 
-from emberfed.data.loading import Corpus, LoadReport
+from emberfed.data.corpus import Corpus, LoadReport
 from emberfed.data.partition import Partition
-from emberfed.data.tokenise import Shard, ShardReport
+from emberfed.data.shard import Report, Shard
 
 
 @final
@@ -19,13 +19,13 @@ class ClientData:
 
     Attributes:
         client: Its id.
-        report: What tokenising kept and cut.
+        report: What making its shard kept and cut.
         labels: Examples by the value of the column that the partition divides by, else by category.
         skew: Total variation distance between the client's labels and everybody's, 0 (the same) to 1 (disjoint).
     """
 
     client: str
-    report: ShardReport
+    report: Report
     labels: Mapping[str, int]
     skew: float
 
@@ -46,10 +46,8 @@ class Inspection:
 
     def totals_json(self) -> dict[str, Any]:
         """Return what loading and tokenising did over all clients."""
-        sums = {
-            name: sum(asdict(data.report)[name] for data in self.clients)
-            for name in ("target_tokens", "truncated_prompts", "truncated_responses", "without_target")
-        }
+        reports = [data.report.json() for data in self.clients]
+        sums = {name: sum(report[name] for report in reports) for name in reports[0] if name != "examples"}
         return {**self.load.json(), **sums}
 
     def json(self) -> dict[str, Any]:

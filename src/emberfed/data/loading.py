@@ -9,16 +9,16 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import datasets
 import huggingface_hub
 
 from emberfed.builtin import corpus
-from emberfed.data.config import DataConfig
+from emberfed.data.config import CorpusConfig, DataConfig
+from emberfed.data.corpus import Corpus, LoadReport
 from emberfed.data.formats import SCHEMA, check_columns, normalise
 from emberfed.errors import DataError, one_of
 from emberfed.seeds import Seeds
@@ -27,39 +27,11 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "
 _BUILTIN_TRAINING_EXAMPLES = 480
 _DEEPEST = 100
 """Levels of JSON; the library's parser crashes the process on endless nesting."""
-_SAVED = ("dataset_info.json", "dataset_dict.json")
+SAVED = ("dataset_info.json", "dataset_dict.json")
 """What `save_to_disk` leaves in the folder of a data set, and of one with several splits."""
 _SHEPHERD = re.compile(r"local_training_(\d+)")
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-zA-Z])")
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What became of the records: `read` = `duplicates` + `empty` + `over_limit` + `train` + `test`."""
-
-    format: str
-    read: int
-    duplicates: int
-    empty: int
-    over_limit: int
-    train: int
-    test: int
-
-    def json(self) -> dict[str, Any]:
-        """Return the counts."""
-        return asdict(self)
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Corpus:
-    """Records with the columns of `formats.SCHEMA` and the scalar columns they came with."""
-
-    train: datasets.Dataset
-    test: datasets.Dataset
-    report: LoadReport
 
 
 def load(config: DataConfig, seeds: Seeds) -> Corpus:
@@ -71,10 +43,11 @@ def load(config: DataConfig, seeds: Seeds) -> Corpus:
         DataError: if the data cannot be found or read, is of no known format, or is too little.
     """
     raw = _read(config, seeds)
+    _check_text(raw, config.path)
     format = check_columns(config.format, raw.column_names, f"data {config.path}")
     kept: dict[str, dict[str, Any]] = {}
     empty = 0
-    with _explained(config.path):  # text that is not UTF-8 shows only now
+    with explained(config.path):  # text that is not UTF-8 shows only now
         rows = raw.to_list()
     for number, record in enumerate(rows):
         mapped = normalise(format, record, f"data {config.path}, record {number + 1}")
@@ -104,6 +77,16 @@ def load(config: DataConfig, seeds: Seeds) -> Corpus:
     return Corpus(chosen.select(range(config.test_size, len(order))), chosen.select(held_out), report)
 
 
+def _check_text(raw: datasets.Dataset, path: str) -> None:
+    """Refuse images here, where a list of missing text columns would not say what is wrong."""
+    for column, feature in raw.features.items():
+        if isinstance(feature, datasets.Image):
+            raise DataError(
+                f"data {path} holds images (column {column!r}), and data.task is 'generation'; give data of text, or "
+                f"set data.task: image_classification"
+            )
+
+
 def _key(record: dict[str, Any]) -> str:
     parts = [record["instruction"], record["context"], *(turn["content"] for turn in record["history"])]
     return json.dumps([" ".join(part.casefold().split()) for part in parts])
@@ -121,8 +104,13 @@ def _read(config: DataConfig, seeds: Seeds) -> datasets.Dataset:
     if config.path == "builtin":
         size = config.limit or _BUILTIN_TRAINING_EXAMPLES + config.test_size
         return datasets.Dataset.from_list(corpus(size, seeds.at(part="corpus")))
+    return read_table(config)
+
+
+def read_table(config: CorpusConfig) -> datasets.Dataset:
+    """Read a split of a file, a folder of files or a data set of the hub, as it is. Raises: DataError."""
     path = Path(config.path).expanduser()
-    with _explained(config.path):
+    with explained(config.path):
         is_file, is_folder = path.is_file(), path.is_dir()
     if is_file:
         if config.split != "train":
@@ -136,7 +124,7 @@ def _read(config: DataConfig, seeds: Seeds) -> datasets.Dataset:
 
 
 def _read_folder(folder: Path, split: str) -> datasets.Dataset:
-    if any((folder / name).is_file() for name in _SAVED):
+    if any((folder / name).is_file() for name in SAVED):
         return _read_saved(folder, split)
     parts = []
     for file in _files_of(folder, split):
@@ -144,12 +132,12 @@ def _read_folder(folder: Path, split: str) -> datasets.Dataset:
         shepherd = _SHEPHERD.fullmatch(file.stem)
         client = shepherd[1] if shepherd else file.stem
         parts.append(part if "client" in part.column_names else part.add_column("client", [client] * part.num_rows))
-    with _explained(str(folder)):
+    with explained(str(folder)):
         return datasets.concatenate_datasets(parts)
 
 
 def _read_saved(folder: Path, split: str) -> datasets.Dataset:
-    with _explained(str(folder)), _quietly():
+    with explained(str(folder)), quietly():
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=True)
     if isinstance(loaded, datasets.Dataset):
         return loaded
@@ -160,10 +148,13 @@ def _read_saved(folder: Path, split: str) -> datasets.Dataset:
 
 def _files_of(folder: Path, split: str) -> list[Path]:
     """Return the files of a split: Shepherd's clients, else those named after it, else all if none names a split."""
-    with _explained(str(folder)):
+    with explained(str(folder)):
         files = sorted((path for path in folder.iterdir() if _builder(path)), key=_by_number)
     if not files:
-        raise DataError(f"data.path {folder} holds no file of {', '.join(sorted(_BUILDERS))}")
+        raise DataError(
+            f"data.path {folder} holds no file of {', '.join(sorted(_BUILDERS))}; for a folder of images set "
+            f"data.task: image_classification"
+        )
     clients = [file for file in files if _SHEPHERD.fullmatch(file.stem)]
     if clients and split == "train":
         return clients  # beside them lie files with the same records again
@@ -195,7 +186,7 @@ def _read_file(file: Path) -> datasets.Dataset:
     if builder == "json":
         _check_json(file)
     # The cache is ours and goes away: an edited file must be read again, and a read-only home must not matter.
-    with tempfile.TemporaryDirectory() as cache, _explained(str(file)), _quietly():
+    with tempfile.TemporaryDirectory() as cache, explained(str(file)), quietly():
         loaded = datasets.load_dataset(
             builder,
             data_files=[glob.escape(str(file))],
@@ -218,7 +209,7 @@ def _depth(text: str) -> int:
 
 def _check_json(file: Path) -> None:
     """Refuse what cannot be records; the library's parser crashes the process on some of it (a lone `null`)."""
-    with _explained(str(file)), file.open(encoding="utf-8-sig") as lines:
+    with explained(str(file)), file.open(encoding="utf-8-sig") as lines:
         first = next((line for line in lines if line.strip()), "")
         start = first.lstrip()[:1]
         for number, line in enumerate(chain([first], lines)):
@@ -234,7 +225,7 @@ def _read_csv(file: Path) -> datasets.Dataset:
 
     The library's own reader guesses types, and shifts the columns of rows with a comma too many.
     """
-    with _explained(str(file)), file.open(encoding="utf-8-sig", newline="") as lines:
+    with explained(str(file)), file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True)
         header = next(reader, [])
         rows = [(reader.line_num, row) for row in reader if row]
@@ -251,8 +242,8 @@ def _read_csv(file: Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict({name: [row[place] for _, row in rows] for place, name in enumerate(header)})
 
 
-def _read_hub(config: DataConfig) -> datasets.Dataset:
-    with _quietly():
+def _read_hub(config: CorpusConfig) -> datasets.Dataset:
+    with quietly():
         try:
             loaded = datasets.load_dataset(config.path, split=config.split)
         except Exception as error:  # the hub's client raises many kinds, some of other libraries
@@ -266,7 +257,8 @@ def _read_hub(config: DataConfig) -> datasets.Dataset:
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def explained(where: str) -> Iterator[None]:
+    """Turn what the library and the system raise over data they cannot read into one line that says where."""
     try:
         yield
     except (OSError, ValueError, TypeError, csv.Error, datasets.exceptions.DatasetsError) as error:
@@ -278,8 +270,8 @@ def _explained(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the library's progress bars and log lines; our own progress is shown instead."""
+def quietly() -> Iterator[None]:
+    """Work without the library's progress bars and log lines; our own progress is shown instead."""
     hub_log: Any = huggingface_hub.utils.logging
     shown, level, hub_level = (
         datasets.is_progress_bar_enabled(),

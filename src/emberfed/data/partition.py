@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -20,6 +20,7 @@ from emberfed.data.config import (
     LabelPartition,
     NaturalPartition,
     PartitionConfig,
+    ShardsPartition,
     SizePartition,
 )
 from emberfed.errors import DataError, closest
@@ -87,6 +88,33 @@ def partition(records: datasets.Dataset, config: PartitionConfig, clients: int, 
     return Partition(config.kind, parameters, rows_by_client)
 
 
+def split_client(
+    client: str, rows: Sequence[int], share: float, seeds: Seeds
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Divide a client's rows into those it trains on and those kept for evaluating its own model.
+
+    Args:
+        client: Its id.
+        rows: Its rows of the training split.
+        share: How much is kept, above 0 and at most 0.5; rounded to whole rows, at least one.
+        seeds: Where the draw is made; the client's id is added to the address here.
+
+    Returns:
+        Rows to train on and rows kept, each sorted, neither empty.
+
+    Raises:
+        DataError: if the client has fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise DataError(
+            f"client {client} has {len(rows)} example; data.client_test_share {share:g} needs two, one to train on and "
+            f"one to be evaluated on; use fewer clients, more data, or a partition that gives everybody more"
+        )
+    order = seeds.at(client=client).numpy("client test rows").permutation(len(rows))
+    kept = max(1, round(share * len(rows)))
+    return tuple(sorted(rows[index] for index in order[kept:])), tuple(sorted(rows[index] for index in order[:kept]))
+
+
 def _shares(table: datasets.Dataset, config: PartitionConfig, clients: int, seeds: Seeds) -> list[list[int]]:
     if isinstance(config, IidPartition):
         return _divide(flwr.IidPartitioner(num_partitions=clients), table)
@@ -102,6 +130,8 @@ def _shares(table: datasets.Dataset, config: PartitionConfig, clients: int, seed
         return _natural(table, config, clients)
     if isinstance(config, LabelPartition):
         return _by_label(table, config, clients, seeds)
+    if isinstance(config, ShardsPartition):
+        return _sorted_shards(table, config, clients, seeds)
     return _dirichlet(table, config, clients, seeds)
 
 
@@ -166,6 +196,20 @@ def _by_label(table: datasets.Dataset, config: LabelPartition, clients: int, see
     return shares
 
 
+def _sorted_shards(table: datasets.Dataset, config: ShardsPartition, clients: int, seeds: Seeds) -> list[list[int]]:
+    """Deal equal pieces of the rows sorted by label; McMahan et al. 2017, section 3."""
+    pieces = clients * config.shards_per_client
+    if pieces > len(table):
+        raise DataError(
+            f"partition 'shards': {len(table)} examples cannot be cut into {clients} clients x "
+            f"{config.shards_per_client} = {pieces} pieces; lower shards_per_client or use fewer clients"
+        )
+    by_label = np.argsort(np.asarray(table["label"]), kind="stable")
+    cut = np.array_split(np.asarray(table[_ROW])[by_label], pieces)
+    dealt = seeds.numpy("shards").permutation(pieces).reshape(clients, config.shards_per_client)
+    return [np.concatenate([cut[piece] for piece in hand]).tolist() for hand in dealt]
+
+
 def _natural(table: datasets.Dataset, config: NaturalPartition, clients: int) -> list[list[int]]:
     names = sorted(set(table["label"]), key=_natural_order)
     if len(names) != clients:
@@ -189,7 +233,9 @@ def _natural_order(name: str) -> tuple[bool, int, str]:
 
 
 def _check_column(records: datasets.Dataset, column: str, kind: str) -> None:
-    usable = [name for name in records.column_names if name not in ("instruction", "context", "response", "history")]
+    usable = [
+        name for name in records.column_names if name not in ("instruction", "context", "response", "history", "image")
+    ]
     if column not in usable:
         raise DataError(
             f"partition {kind!r}: the data has no column {column!r}{closest(column, usable)} "

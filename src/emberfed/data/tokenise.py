@@ -6,7 +6,7 @@ Shapes: B sequences, S positions (the longest of the batch).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from emberfed.data.config import DataConfig
+from emberfed.data.shard import Batch, Shard
 from emberfed.data.templates import prompt
 from emberfed.errors import DataError, ModelError
 
@@ -65,16 +66,21 @@ class ShardReport:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class ResponseBatch(Batch):
     """Right-padded sequences: int64 (B, S) each; `labels` is `IGNORED` on prompts and padding."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> ResponseBatch:
         """Return the batch on a device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        return ResponseBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+    @property
+    def targets(self) -> int:
+        """Tokens that carry loss; a sequence's first token is never predicted."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
 
 
 @final
@@ -88,8 +94,8 @@ class Prompts:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Shard:
-    """A client's examples (or the test split's), in the order of its rows."""
+class ResponseShard(Shard):
+    """Prompts and responses."""
 
     examples: tuple[Example, ...]
     report: ShardReport
@@ -103,14 +109,14 @@ class Shard:
             told.update(example.input_ids.astype("<i4").tobytes())
         return told.hexdigest()
 
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Example, ...]]:
-        """Yield all examples once, `size` at a time (the last may be smaller), in an order drawn from `generator`."""
-        order = torch.randperm(len(self.examples), generator=generator).tolist()
-        for start in range(0, len(order), size):
-            yield tuple(self.examples[index] for index in order[start : start + size])
+    def collate(self, examples: Sequence[Example]) -> ResponseBatch:
+        """Return some of the examples as one right-padded batch."""
+        return collate(examples, self.pad_token_id)
 
 
-def tokenise(records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, where: str) -> Shard:
+def tokenise(
+    records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, where: str
+) -> ResponseShard:
     """Tokenise records of the schema of `formats`.
 
     Examples longer than `max_length` first lose the left of their prompt, down to half of `max_length` (its end,
@@ -158,7 +164,7 @@ def tokenise(records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, conf
         without_target=len(records) - len(examples),
     )
     pad = tokenizer.pad_token_id
-    return Shard(tuple(examples), report, end if pad is None else int(pad))
+    return ResponseShard(tuple(examples), report, end if pad is None else int(pad))
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> list[list[int]]:
@@ -167,7 +173,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: 
     return ids
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+def collate(examples: Sequence[Example], pad_token_id: int) -> ResponseBatch:
     """Return the examples as one right-padded batch."""
     length = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.int64)
@@ -178,7 +184,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
         labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
-    return Batch(input_ids, attention_mask, labels)
+    return ResponseBatch(input_ids, attention_mask, labels)
 
 
 def left_padded(examples: Sequence[Example], pad_token_id: int) -> Prompts:

@@ -6,7 +6,7 @@ It ships with the package so that tests, and users who want to know how a federa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, final
 
@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from emberfed.engine import Engine
-from emberfed.records import Bundle, ClientFailed, Job, Payload, Reply
+from emberfed.records import Assessment, Bundle, ClientFailed, Job, Payload, Reply
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
 
@@ -32,6 +32,8 @@ Fault = Literal[
     "garbage",
     "stranger",
 ]
+
+_OF_TENSORS = ("nan", "shape", "dtype", "missing", "foreign")
 
 
 class FlakyConfig(Section):
@@ -58,7 +60,7 @@ class FlakyEngine(Engine):
 
     Config = FlakyConfig
 
-    def map(self, jobs: Iterable[Job]) -> Iterator[Reply | ClientFailed]:
+    def map(self, jobs: Iterable[Job | Assessment]) -> Iterator[Reply | ClientFailed]:
         """Run the jobs and spoil their replies as configured."""
         config: FlakyConfig = self.config
         replies = [spoiled for job in jobs for spoiled in self._answers(job)]
@@ -69,11 +71,13 @@ class FlakyEngine(Engine):
             time.sleep(config.delay_seconds)
             yield reply
 
-    def _answers(self, job: Job) -> list[Reply | ClientFailed]:
+    def _answers(self, job: Job | Assessment) -> list[Reply | ClientFailed]:
         config: FlakyConfig = self.config
         fault = config.faults.get(job.client)
         if fault is None or (config.rounds and job.round not in config.rounds):
             return [self.answer(job)]
+        if isinstance(job, Assessment) and fault in _OF_TENSORS:
+            return [self.answer(job)]  # its answer has none
         if fault == "drop":
             return [ClientFailed(job.round, job.client, "no reply (dropped by the flaky engine)")]
         if fault == "raise":
@@ -92,6 +96,18 @@ def spoil(upload: bytes, fault: Fault) -> bytes:
         return upload[: len(upload) // 2]
     payload = Payload.from_bytes(upload)
     tensors, meta = dict(payload.content.tensors), dict(payload.content.meta)
+    if fault in _OF_TENSORS:
+        tensors = _spoiled(tensors, fault)
+    if fault == "weight":
+        meta["examples"] = -1
+    round_ = payload.round - 1 if fault == "old_round" else payload.round
+    client = "nobody" if fault == "stranger" else payload.client
+    return Payload(round_, client, Bundle(tensors, meta)).to_bytes()
+
+
+def _spoiled(given: Mapping[str, torch.Tensor], fault: Fault) -> dict[str, torch.Tensor]:
+    """Return tensors with one thing wrong in them."""
+    tensors = dict(given)
     name = next(key for key in sorted(tensors) if tensors[key].is_floating_point())
     spoiled = tensors.pop(name)
     if fault == "foreign":
@@ -105,8 +121,4 @@ def spoil(upload: bytes, fault: Fault) -> bytes:
         spoiled = spoiled.to(torch.float64)
     if fault != "missing":
         tensors[name] = spoiled
-    if fault == "weight":
-        meta["examples"] = -1
-    round_ = payload.round - 1 if fault == "old_round" else payload.round
-    client = "nobody" if fault == "stranger" else payload.client
-    return Payload(round_, client, Bundle(tensors, meta)).to_bytes()
+    return tensors

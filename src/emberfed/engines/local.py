@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import final
 
 from emberfed.engine import Engine
-from emberfed.records import ClientFailed, Job, Reply
+from emberfed.records import Assessment, ClientFailed, Job, Reply
 from emberfed.sections import Section
 
 
@@ -20,7 +20,7 @@ class LocalEngine(Engine):
 
     Config = LocalConfig
 
-    def map(self, jobs: Iterable[Job]) -> Iterator[Reply | ClientFailed]:
+    def map(self, jobs: Iterable[Job | Assessment]) -> Iterator[Reply | ClientFailed]:
         """Run the jobs one by one."""
         for job in jobs:
             yield self.answer(job)

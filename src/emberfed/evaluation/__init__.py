@@ -1,5 +1,7 @@
-"""How good the global model is, as a device of a given budget would run it."""
+"""How good a model is, as a device of a given budget would run it."""
 
-from emberfed.evaluation.quality import EvaluationConfig, Scores, evaluate
+from emberfed.evaluation.config import EvaluationConfig
+from emberfed.evaluation.quality import evaluate
+from emberfed.evaluation.scores import Score, Scores
 
-__all__ = ["EvaluationConfig", "Scores", "evaluate"]
+__all__ = ["EvaluationConfig", "Score", "Scores", "evaluate"]

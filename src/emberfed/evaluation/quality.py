@@ -4,71 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from pydantic import Field
 from rouge_score.rouge_scorer import RougeScorer
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from emberfed.data.tokenise import IGNORED, Example, Shard, collate, left_padded
+from emberfed.data.tokenise import IGNORED, Example, ResponseShard, collate, left_padded
+from emberfed.evaluation.config import EvaluationConfig
+from emberfed.evaluation.scores import Score, Scores
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.records import Json
-from emberfed.sections import Section
-
-
-class EvaluationConfig(Section):
-    """When and how the global model is evaluated, at every tier's budget.
-
-    Attributes:
-        every: Evaluate after every n-th round (and always before round 1 and after the last); 0: only those two.
-        max_examples: Held-out examples used at most; null: all of `data.test_size`.
-        batch_size: Examples per batch.
-        max_new_tokens: Length at which an answer is cut.
-        stemmer: Whether ROUGE stems words (Porter) first.
-        tiers: Names of the tiers to evaluate at; null: all. For tiers that deploy the same model, one is enough.
-    """
-
-    every: int = Field(1, ge=0)
-    max_examples: int | None = Field(None, ge=1)
-    batch_size: int = Field(32, ge=1)
-    max_new_tokens: int = Field(48, ge=1)
-    stemmer: bool = False
-    tiers: list[str] | None = Field(None, min_length=1)
-
-    def includes(self, tier: str) -> bool:
-        """Return whether a tier is evaluated."""
-        return self.tiers is None or tier in self.tiers
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Score:
+class ResponseScore(Score):
     """Quality on some examples: mean ROUGE-L F, mean nats per response token, its exponential."""
 
     rouge_l: float
-    loss: float
     perplexity: float
-    examples: int
-
-    def json(self) -> dict[str, Json]:
-        """Return the figures; one that is not finite (an overflow in the model) is null, as JSON has no NaN."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Quality on the held-out split and on each of its categories."""
-
-    overall: Score
-    categories: dict[str, Score]
-
-    def json(self) -> dict[str, Json]:
-        """Return the fields of an evaluation's line in `metrics.jsonl`."""
-        return {**self.overall.json(), "categories": {name: score.json() for name, score in self.categories.items()}}
 
 
 @final
@@ -86,10 +42,10 @@ class Answer:
 def evaluate(
     model: FoundationModel,
     tokenizer: PreTrainedTokenizerBase,
-    shard: Shard,
+    shard: ResponseShard,
     config: EvaluationConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
-) -> tuple[Scores, list[Answer]]:
+) -> tuple[Scores[ResponseScore], list[Answer]]:
     """Score the model, as it stands (adapter attached, K set), on the shard.
 
     Args:
@@ -157,18 +113,18 @@ def response_losses(model: FoundationModel, examples: Sequence[Example], pad_tok
     return list(zip(sums, counts, strict=True))
 
 
-def summarise(answers: Sequence[Answer]) -> Scores:
+def summarise(answers: Sequence[Answer]) -> Scores[ResponseScore]:
     """Return scores over all answers and by category."""
     names = sorted({answer.category for answer in answers if answer.category})
     categories = {name: _score([answer for answer in answers if answer.category == name]) for name in names}
     return Scores(_score(answers), categories)
 
 
-def _score(answers: Sequence[Answer]) -> Score:
+def _score(answers: Sequence[Answer]) -> ResponseScore:
     loss = math.fsum(answer.loss_sum for answer in answers) / sum(answer.target_tokens for answer in answers)
     rouge_l = math.fsum(answer.rouge_l for answer in answers) / len(answers)
     perplexity = math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
-    return Score(rouge_l, loss, perplexity, len(answers))
+    return ResponseScore(loss, len(answers), rouge_l, perplexity)
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

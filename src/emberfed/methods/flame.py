@@ -24,10 +24,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from emberfed import aggregation, federated_lora
+from emberfed import aggregation, federated, federated_lora
 from emberfed.aggregation import ActivationRule, Frequency, Update, Weights
 from emberfed.clients import Budget, Client
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.errors import ConfigError
 from emberfed.federated_lora import GateOption
 from emberfed.method import Method
@@ -97,24 +97,21 @@ class Flame(Method):
     def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:
         """Send the whole global LoRA, the client's K, and the rescaler of that K."""
         top_k = client.budget.top_k
-        adapter = federated_lora.adapter_of(state.tensors)
+        adapter = federated.adapter_of(state.tensors)
         learned = state.tensors.get(_of_k(top_k))
         tensors = adapter if learned is None else {**adapter, RESCALER: learned}
         return Payload(round, client.id, Bundle(tensors, {"top_k": top_k, "rescale": state.meta["rescale"]}))
 
     def expects(self, state: Bundle, download: Payload) -> Mapping[str, TensorSpec]:
         """Every tensor of the LoRA as sent, the rescaler if there is one, and the activation counts."""
-        return federated_lora.specs(download.content.tensors, state.meta)
+        return federated.specs(download.content.tensors, state.meta)
 
     def fit(
         self, model: FoundationModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
     ) -> FitResult:
         """Train LoRA and rescaler with K active experts; go on from one's own rescaler."""
-        sent = download.content.tensors
         layers = [block.layer for block in model.blocks]
-        tensors = federated_lora.adapter_of(sent)
-        if RESCALER in sent:
-            tensors |= _by_layer(memory.tensors.get(RESCALER, sent[RESCALER]), layers)
+        tensors = self._attachable(model, download, memory)
         upload = federated_lora.train(
             self.trainer,
             model,
@@ -126,7 +123,7 @@ class Flame(Method):
             shard,
             seeds,
         )
-        if RESCALER not in sent:
+        if RESCALER not in download.content.tensors:
             return FitResult(upload, memory)
         rescaler_L = torch.cat([upload.tensors[name] for name in _names(layers)])
         trained = {name: tensor for name, tensor in upload.tensors.items() if name not in _names(layers)}
@@ -143,9 +140,9 @@ class Flame(Method):
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Combine, let the server's optimiser step; average rescalers among clients of one K."""
-        updates = federated_lora.updates_of(uploads, state.meta)
+        updates = federated.updates_of(uploads, state.meta)
         combined = self.combine(updates, self.config, state.tensors)
-        tensors = federated_lora.stepped(self.config.server_optimizer, state, combined, updates)
+        tensors = federated.stepped(self.config.server_optimizer, state, combined, updates)
         for name in (name for name in state.tensors if name.startswith(f"{RESCALER}.")):
             peers = [upload.content for upload in uploads if _of_k(upload.content.meta["top_k"]) == name]
             tensors[name] = state.tensors[name]
@@ -156,7 +153,7 @@ class Flame(Method):
 
     def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> AbstractContextManager[FoundationModel]:
         """Run the global LoRA with the budget's K and the rescaler of that K."""
-        tensors, rescale = federated_lora.adapter_of(state.tensors), state.meta["rescale"]
+        tensors, rescale = federated.adapter_of(state.tensors), state.meta["rescale"]
         if rescale == "learnable":
             learned = state.tensors.get(_of_k(budget.top_k))
             rescaler_L = self._start(state.meta, budget.top_k) if learned is None else learned
@@ -164,12 +161,29 @@ class Flame(Method):
         alpha, gate = self.adapter.alpha, self.config.gate
         return federated_lora.deployed(model, tensors, alpha, budget.top_k, gate, _fixed(rescale))
 
+    def personal(
+        self, model: FoundationModel, download: Payload, client: Client, memory: Bundle
+    ) -> AbstractContextManager[FoundationModel]:
+        """Run the LoRA it was sent with the client's K and its own rescaler."""
+        tensors, rescale = self._attachable(model, download, memory), download.content.meta["rescale"]
+        alpha, gate = self.adapter.alpha, self.config.gate
+        return federated_lora.deployed(model, tensors, alpha, client.budget.top_k, gate, _fixed(rescale))
+
     def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:
         """Return a PEFT adapter, and the learned rescalers, for which PEFT has no place, in a file beside it."""
-        files = peft_layout.to_files(federated_lora.adapter_of(state.tensors), self.adapter.alpha, model)
+        files = peft_layout.to_files(federated.adapter_of(state.tensors), self.adapter.alpha, model)
         learned = {name: tensor for name, tensor in state.tensors.items() if name.startswith(f"{RESCALER}.")}
         layers = {"sparse_layers": state.meta["sparse_layers"]}
         return {**files, **({"rescalers.safetensors": Bundle(learned, layers).to_bytes()} if learned else {})}
+
+    def _attachable(self, model: FoundationModel, download: Payload, memory: Bundle) -> dict[str, Tensor]:
+        """Return the LoRA that was sent, with the client's own rescaler if it has one yet, else the one sent."""
+        sent = download.content.tensors
+        tensors = federated.adapter_of(sent)
+        if RESCALER not in sent:
+            return tensors
+        layers = [block.layer for block in model.blocks]
+        return {**tensors, **_by_layer(memory.tensors.get(RESCALER, sent[RESCALER]), layers)}
 
     def _resolved(self, model: FoundationModel) -> str:
         """Return what `rescale` means on this model. Raises: ConfigError if its gate leaves nothing to repair."""

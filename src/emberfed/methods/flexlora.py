@@ -20,10 +20,10 @@ from typing import final
 from pydantic import Field
 from torch import Tensor
 
-from emberfed import aggregation, factors, federated_lora
+from emberfed import aggregation, factors, federated, federated_lora
 from emberfed.aggregation import Update, Weights
 from emberfed.clients import Budget, Client
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.errors import ConfigError
 from emberfed.federated_lora import LoraMethodConfig
 from emberfed.method import Method
@@ -72,12 +72,12 @@ class FlexLora(Method):
     def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:
         """Send the best approximation of the client's rank."""
         assert client.budget.rank is not None, "init refuses tiers without ranks"
-        tensors = aggregation.redistribute(federated_lora.adapter_of(state.tensors), client.budget.rank)
+        tensors = aggregation.redistribute(federated.adapter_of(state.tensors), client.budget.rank)
         return Payload(round, client.id, Bundle(tensors, {"top_k": self.config.top_k(client, state)}))
 
     def expects(self, state: Bundle, download: Payload) -> Mapping[str, TensorSpec]:
         """Every tensor of the LoRA as sent, and the activation counts."""
-        return federated_lora.specs(download.content.tensors, state.meta)
+        return federated.specs(download.content.tensors, state.meta)
 
     def fit(
         self, model: FoundationModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
@@ -105,14 +105,21 @@ class FlexLora(Method):
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Combine."""
-        updates = federated_lora.updates_of(uploads, state.meta)
+        updates = federated.updates_of(uploads, state.meta)
         return Bundle(self.combine(updates, self.config, state.tensors), state.meta)
 
     def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> AbstractContextManager[FoundationModel]:
         """Run the global LoRA with the budget's K."""
-        tensors = federated_lora.adapter_of(state.tensors)
+        tensors = federated.adapter_of(state.tensors)
         return federated_lora.deployed(model, tensors, self.adapter.alpha, budget.top_k, self.config.gate)
+
+    def personal(
+        self, model: FoundationModel, download: Payload, client: Client, memory: Bundle
+    ) -> AbstractContextManager[FoundationModel]:
+        """Run the components it was sent, with the client's K."""
+        tensors, alpha = download.content.tensors, self.adapter.alpha
+        return federated_lora.deployed(model, tensors, alpha, client.budget.top_k, self.config.gate)
 
     def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:
         """Return a PEFT adapter."""
-        return peft_layout.to_files(federated_lora.adapter_of(state.tensors), self.adapter.alpha, model)
+        return peft_layout.to_files(federated.adapter_of(state.tensors), self.adapter.alpha, model)

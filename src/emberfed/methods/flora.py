@@ -24,10 +24,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from emberfed import aggregation, factors, federated_lora
+from emberfed import aggregation, factors, federated, federated_lora
 from emberfed.aggregation import Update, Weights
 from emberfed.clients import Budget, Client
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.errors import ClientError, ConfigError, ModelError
 from emberfed.federated_lora import LoraMethodConfig
 from emberfed.method import Method
@@ -78,7 +78,7 @@ class Flora(Method):
         """A LoRA of the client's own rank, and the activation counts."""
         rank = download.content.meta["rank"]
         fresh = {name: _columns(name, tensor, 0, 1) for name, tensor in state.tensors.items()}
-        wanted = federated_lora.specs(fresh, state.meta)
+        wanted = federated.specs(fresh, state.meta)
         return {name: _of_rank(name, spec, rank) for name, spec in wanted.items()}
 
     def fit(
@@ -90,7 +90,7 @@ class Flora(Method):
         """
         stack = _caught_up(download, memory)
         fresh_config = self.adapter.model_copy(
-            update={"rank": download.content.meta["rank"], "start_from": None, "router": False}
+            update={"rank": download.content.meta["rank"], "start_from": None, "router": False, "head": False}
         )
         fresh = lora.initial(model, fresh_config, seeds.torch("adapter"))
         routers = {name: tensor for name, tensor in stack.items() if not name.endswith((".lora_A", ".lora_B"))}
@@ -120,7 +120,7 @@ class Flora(Method):
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Append the round's stack, and remember who has merged what was there before."""
-        updates = federated_lora.updates_of(uploads, state.meta)
+        updates = federated.updates_of(uploads, state.meta)
         stack = _stack(updates, self.config, state.tensors)
         tensors = {name: _appended(name, tensor, stack[name]) for name, tensor in state.tensors.items()}
         merged = {**state.meta["merged"], **{update.client: state.meta["rank"] for update in updates}}
@@ -130,6 +130,15 @@ class Flora(Method):
     def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> Iterator[FoundationModel]:
         """Run the base with the whole stack merged, with the budget's K."""
         with _merged(model, state.tensors, self.adapter.alpha), model.active_experts(budget.top_k, self.config.gate):
+            yield model
+
+    @contextmanager
+    def personal(
+        self, model: FoundationModel, download: Payload, client: Client, memory: Bundle
+    ) -> Iterator[FoundationModel]:
+        """Run the base with all that the client has merged and was sent, with its K."""
+        stack, top_k = _caught_up(download, memory), client.budget.top_k
+        with _merged(model, stack, self.adapter.alpha), model.active_experts(top_k, self.config.gate):
             yield model
 
     def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:

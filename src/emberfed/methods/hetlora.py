@@ -27,10 +27,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from emberfed import aggregation, factors, federated_lora
+from emberfed import aggregation, factors, federated, federated_lora
 from emberfed.aggregation import Update, Weights
 from emberfed.clients import Budget, Client
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.errors import AggregationError
 from emberfed.federated_lora import LoraMethodConfig
 from emberfed.method import Method
@@ -78,13 +78,13 @@ class HetLora(Method):
     def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:
         """Send the first components, as many as the client's present rank."""
         rank = state.meta["ranks"].get(client.id, client.budget.rank)
-        tensors = aggregation.redistribute(federated_lora.adapter_of(state.tensors), rank)
+        tensors = aggregation.redistribute(federated.adapter_of(state.tensors), rank)
         meta = {"top_k": self.config.top_k(client, state), "kept": self._kept(rank, state.meta["lowest_rank"])}
         return Payload(round, client.id, Bundle(tensors, meta))
 
     def expects(self, state: Bundle, download: Payload) -> Mapping[str, TensorSpec]:
         """Every tensor of the LoRA, of the rank sent or pruned, and the activation counts."""
-        wanted = federated_lora.specs(download.content.tensors, state.meta)
+        wanted = federated.specs(download.content.tensors, state.meta)
         kept = download.content.meta["kept"]
         return {name: _prunable(name, spec, kept) for name, spec in wanted.items()}
 
@@ -97,7 +97,7 @@ class HetLora(Method):
         upload = federated_lora.train(
             self.trainer, model, tensors, alpha, self.config.gate, "none", download, shard, seeds, penalty
         )
-        trained = federated_lora.adapter_of(upload.tensors)
+        trained = federated.adapter_of(upload.tensors)
         if tail_product(trained, kept) < tail_product(tensors, kept):
             upload = Bundle({**upload.tensors, **aggregation.redistribute(trained, kept)}, upload.meta)
         return FitResult(upload, memory)
@@ -126,21 +126,28 @@ class HetLora(Method):
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Combine, let the server's optimiser step, remember the clients' ranks."""
-        updates = federated_lora.updates_of(uploads, state.meta)
+        updates = federated.updates_of(uploads, state.meta)
         combined = self.combine(updates, self.config, state.tensors)
-        tensors = federated_lora.stepped(self.config.server_optimizer, state, combined, updates)
+        tensors = federated.stepped(self.config.server_optimizer, state, combined, updates)
         a_name = next(name for name in combined if name.endswith(".lora_A"))
         ranks = {update.client: update.tensors[a_name].shape[-2] for update in updates}
         return Bundle(tensors, {**state.meta, "ranks": {**state.meta["ranks"], **ranks}})
 
     def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> AbstractContextManager[FoundationModel]:
         """Run the global LoRA with the budget's K."""
-        tensors = federated_lora.adapter_of(state.tensors)
+        tensors = federated.adapter_of(state.tensors)
         return federated_lora.deployed(model, tensors, self.adapter.alpha, budget.top_k, self.config.gate)
+
+    def personal(
+        self, model: FoundationModel, download: Payload, client: Client, memory: Bundle
+    ) -> AbstractContextManager[FoundationModel]:
+        """Run the components it was sent, with the client's K."""
+        tensors, alpha = download.content.tensors, self.adapter.alpha
+        return federated_lora.deployed(model, tensors, alpha, client.budget.top_k, self.config.gate)
 
     def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:
         """Return a PEFT adapter."""
-        return peft_layout.to_files(federated_lora.adapter_of(state.tensors), self.adapter.alpha, model)
+        return peft_layout.to_files(federated.adapter_of(state.tensors), self.adapter.alpha, model)
 
     def _kept(self, rank: int, lowest: int) -> int:
         """Return the rank that pruning would leave: max(r_min, floor(gamma r))."""

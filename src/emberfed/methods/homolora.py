@@ -15,10 +15,10 @@ from typing import Literal, final
 
 from torch import Tensor
 
-from emberfed import aggregation, federated_lora
+from emberfed import aggregation, federated, federated_lora
 from emberfed.aggregation import Update, Weights
 from emberfed.clients import Budget, Client
-from emberfed.data.tokenise import Shard
+from emberfed.data.shard import Shard
 from emberfed.federated_lora import LoraMethodConfig
 from emberfed.method import Method
 from emberfed.models import lora, peft_layout
@@ -62,11 +62,11 @@ class HomoLora(Method):
     def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:
         """Send the whole global LoRA."""
         meta = {"top_k": self.config.top_k(client, state)}
-        return Payload(round, client.id, Bundle(federated_lora.adapter_of(state.tensors), meta))
+        return Payload(round, client.id, Bundle(federated.adapter_of(state.tensors), meta))
 
     def expects(self, state: Bundle, download: Payload) -> Mapping[str, TensorSpec]:
         """Every tensor of the LoRA as sent, and the activation counts."""
-        return federated_lora.specs(download.content.tensors, state.meta)
+        return federated.specs(download.content.tensors, state.meta)
 
     def fit(
         self, model: FoundationModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
@@ -88,15 +88,22 @@ class HomoLora(Method):
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Combine, then let the server's optimiser step."""
-        updates = federated_lora.updates_of(uploads, state.meta)
+        updates = federated.updates_of(uploads, state.meta)
         combined = self.combine(updates, self.config, state.tensors)
-        return Bundle(federated_lora.stepped(self.config.server_optimizer, state, combined, updates), state.meta)
+        return Bundle(federated.stepped(self.config.server_optimizer, state, combined, updates), state.meta)
 
     def deploy(self, state: Bundle, model: FoundationModel, budget: Budget) -> AbstractContextManager[FoundationModel]:
         """Run the global LoRA with the budget's K."""
-        tensors = federated_lora.adapter_of(state.tensors)
+        tensors = federated.adapter_of(state.tensors)
         return federated_lora.deployed(model, tensors, self.adapter.alpha, budget.top_k, self.config.gate)
+
+    def personal(
+        self, model: FoundationModel, download: Payload, client: Client, memory: Bundle
+    ) -> AbstractContextManager[FoundationModel]:
+        """Run the LoRA it was sent, with the client's K."""
+        tensors, alpha = download.content.tensors, self.adapter.alpha
+        return federated_lora.deployed(model, tensors, alpha, client.budget.top_k, self.config.gate)
 
     def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:
         """Return a PEFT adapter."""
-        return peft_layout.to_files(federated_lora.adapter_of(state.tensors), self.adapter.alpha, model)
+        return peft_layout.to_files(federated.adapter_of(state.tensors), self.adapter.alpha, model)

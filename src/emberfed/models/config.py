@@ -13,7 +13,9 @@ class ModelConfig(Section):
     """Which model to fine-tune and how to hold it.
 
     Attributes:
-        path: A hub id, a local folder, or `builtin` for the small model that comes with the package.
+        path: A hub id, a local folder, or `builtin` for the small model of the task that comes with the package.
+        weights: `checkpoint` reads them; `random` draws them, from a seed that is always the same, for the architecture
+            that config.json describes.
         revision: Branch, tag or commit of a hub id; null is its default branch.
         tokenizer: Hub id or folder of the tokenizer; null is `path`.
         dtype: Number format of the frozen base; `auto` is the checkpoint's own. Adapters are float32 always.
@@ -25,6 +27,7 @@ class ModelConfig(Section):
     """
 
     path: str = "builtin"
+    weights: Literal["checkpoint", "random"] = "checkpoint"
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from operator import attrgetter
 from typing import Any, Final, Literal, final, get_args
 
 import torch
 from torch import nn
 
-from emberfed.models.families import Family, family_of
+from emberfed.models.families import Family, family_of, part
 from emberfed.models.quantised import QuantisedWeight
 
 Kind = Literal[
@@ -62,11 +61,11 @@ def memory_by_module(lm: Any) -> tuple[ModuleMemory, ...]:
     parts = list(_parts(lm, _kinds(lm, family_of(lm.config)), "other"))
     seen: set[tuple[torch.device, int]] = set()
     counted = []
-    for part in parts:
-        if part.place not in seen:
-            seen.add(part.place)
-            counted.append(part)
-    rows = (_sum(kind, (part for part in counted if part.kind == kind)) for kind in KINDS)
+    for found in parts:
+        if found.place not in seen:
+            seen.add(found.place)
+            counted.append(found)
+    rows = (_sum(kind, (found for found in counted if found.kind == kind)) for kind in KINDS)
     return tuple(row for row in rows if row.formats)
 
 
@@ -126,17 +125,18 @@ def _parts(module: nn.Module, kinds: dict[nn.Module, Kind], inherited: Kind) -> 
 
 def _kinds(lm: Any, family: Family) -> dict[nn.Module, Kind]:
     """Return the modules where a kind begins."""
-    kinds: dict[nn.Module, Kind] = {lm.get_output_embeddings(): "head", lm.get_input_embeddings(): "embedding"}
-    for layer in attrgetter(family.layers)(lm):
-        kinds[attrgetter(family.attention)(layer)] = "attention"
-        block = attrgetter(family.block)(layer)
-        mixture = family.mixture
+    head = lm.get_output_embeddings() if family.head is None else part(lm, family.head)
+    embeddings = [part(lm, path) for path in family.embeddings] or [lm.get_input_embeddings()]
+    kinds: dict[nn.Module, Kind] = {head: "head", **dict.fromkeys(embeddings, "embedding")}
+    for layer in part(lm, family.layers):
+        block, mixture = part(layer, family.block), family.mixture
         router = None if mixture is None else getattr(block, mixture.router, None)
+        kinds[part(layer, family.attention)] = "attention"
         if mixture is None or router is None:
             kinds[block] = "dense MLPs"
             continue
         # What else the block holds, a gate for instance, belongs to its shared experts.
         kinds[block] = "shared experts"
         kinds[router] = "routers"
-        kinds[attrgetter(mixture.experts)(block)] = "routed experts"
+        kinds[part(block, mixture.experts)] = "routed experts"
     return kinds

@@ -1,4 +1,4 @@
-"""`FoundationModel`: a transformers causal language model, and how many of its experts are active, if it has any."""
+"""`FoundationModel`: a transformers model, where its parts are, and how many experts are active, if it has any."""
 
 from __future__ import annotations
 
@@ -6,24 +6,37 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from operator import attrgetter
+from math import prod
 from typing import Any, Literal, final
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models.counting import ActivationCounter, counting
 from emberfed.models.expert_weights import check_supported
-from emberfed.models.families import Family, Mixture, family_of
+from emberfed.models.families import (
+    GATED_LINEARS,
+    Family,
+    ImageInput,
+    Mixture,
+    Task,
+    family_of,
+    joined,
+    misfit,
+    part,
+)
 from emberfed.models.gating import Gate, Rescale, mass_of, with_mass
+from emberfed.models.hosts import Host, hosts_of
 from emberfed.models.matmul import hasten
 from emberfed.models.padding import PaddingFilter
 from emberfed.models.quantised import QuantisedWeight
 from emberfed.models.routed_lora import IMPLEMENTATION
 
-_MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+Slot = tuple[nn.Module, str]
+"""A module, and its attribute that holds a linear layer."""
 
 
 @final
@@ -54,6 +67,28 @@ class SparseBlock:
 
 @final
 @dataclass(frozen=True, slots=True)
+class ImageShape:
+    """How large images are, and what becomes of one.
+
+    Attributes:
+        channels: Channels of a pixel.
+        height: Rows of pixels.
+        width: Columns of pixels.
+        patches: Patches it is cut into.
+        positions: Positions of it that go through the layers: its patches, and the class token or more.
+        patch_values: Numbers of one patch.
+    """
+
+    channels: int
+    height: int
+    width: int
+    patches: int
+    positions: int
+    patch_values: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes a cost model needs.
 
@@ -62,16 +97,26 @@ class ModelShape:
         expert_intermediate: F, the hidden size of one expert; 0 in a dense model.
         shared_intermediate: Hidden size of the MLP that every token goes through besides its experts; 0 if none.
         dense_intermediate: Hidden size of the MLP of layers without experts; 0 if every layer has experts.
-        num_layers: Decoder layers.
+        num_layers: Layers.
         sparse_layers: Indices of those with experts.
         dense_layers: Indices of those without.
         num_experts: E per block; 1 in a dense model.
         native_top_k: K of the checkpoint; 1 in a dense model.
         attention: (out, in) of each attention linear of layer 0.
+        query: Those of them that make the queries, one after the other.
+        key: Those that make the keys.
+        value: Those that make the values; where all three are the same, one layer makes all of them.
+        output: The one that mixes what the heads give.
+        mlp: Linears of an MLP; the last one is applied to the product of what the others give.
         heads: Query heads.
         qk_head_dim: Size of one head's query and key.
         v_head_dim: Size of one head's value.
-        vocabulary: Rows of the embedding.
+        parallel_residual: Whether attention and MLP of a layer read the same input.
+        vocabulary: Rows of the output: the embedding's, or classes.
+        head: (out, in) of each linear layer of the head that makes logits of classes, in their order, by the name of
+            its weight in an adapter; empty where the model generates.
+        pooler: (out, in) of the frozen linear layer in front of that head; None without one.
+        image: How large its images are; None where its input is text.
         parameters: All parameters, tied ones once, those kept in fewer bits included.
     """
 
@@ -85,10 +130,19 @@ class ModelShape:
     num_experts: int
     native_top_k: int
     attention: Mapping[str, tuple[int, int]]
+    query: tuple[str, ...]
+    key: tuple[str, ...]
+    value: tuple[str, ...]
+    output: str
+    mlp: tuple[str, ...]
     heads: int
     qk_head_dim: int
     v_head_dim: int
+    parallel_residual: bool
     vocabulary: int
+    head: Mapping[str, tuple[int, int]]
+    pooler: tuple[int, int] | None
+    image: ImageShape | None
     parameters: int
 
     @property
@@ -107,14 +161,16 @@ class _Routing:
 
 @final
 class FoundationModel:
-    """A frozen causal language model with sparse mixtures of experts, or a dense one.
+    """A frozen transformers model with sparse mixtures of experts, or a dense one.
 
     A dense model has no mixtures, and counts as one expert that is always active: E and K are 1.
 
     Attributes:
-        lm: The transformers model, in eval mode, without gradients; call it, or `lm.generate`, as usual.
+        lm: The transformers model, in eval mode, without gradients; call it, or `lm.generate`, as usual. A classifier
+            is called with `pixel_values`, or with `input_ids` and `attention_mask`.
         family: The record that says where its parts are.
         blocks: Its mixtures of experts, from the first layer to the last; empty if it is dense.
+        padding: Which positions of the present forward pass are padding.
     """
 
     def __init__(self, lm: Any) -> None:
@@ -124,14 +180,36 @@ class FoundationModel:
         """
         self.family: Family = family_of(lm.config)
         self.lm = lm.eval().requires_grad_(False)
+        self._hosts = hosts_of(lm, self.family)
         self.blocks = _blocks(lm, self.family)
+        if self.family.head is not None and part(lm, self.family.head) is None:
+            raise misfit(self.family, f"the model has no {self.family.head}")
         if self.blocks:
             self.lm.set_experts_implementation(IMPLEMENTATION)
         hasten(lm)
-        self._padding = PaddingFilter(lm.base_model, (block.experts for block in self.blocks))
+        self.padding = PaddingFilter(lm.base_model, (block.experts for block in self.blocks))
         self._native = _native(self.blocks)
         self._routing = self._native
         self._gate_hooks: list[Any] = []
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return self.family.task
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What makes logits of classes; None where the model generates."""
+        return None if self.family.head is None else part(self.lm, self.family.head)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes it tells apart; 0 where it generates."""
+        return 0 if self.family.head is None else self.lm.config.num_labels
+
+    def hosts(self) -> Mapping[int, Host]:
+        """Return where an adapter can stand beside the FFN, by the index of the layer."""
+        return self._hosts
 
     @property
     def is_dense(self) -> bool:
@@ -183,40 +261,53 @@ class FoundationModel:
     @cached_property
     def shape(self) -> ModelShape:
         """The model's sizes."""
-        config, mixture = self.lm.config, self.family.mixture
-        attention = {
-            name: _size(getattr(module, name)) for (_, name), (module, _) in self._attention_linears(0).items()
-        }
-        queries = attention.get("q_b_proj") or attention["q_proj"]
+        config, family, mixture = part(self.lm.config, self.family.sizes), self.family, self.family.mixture
+        attention = {name: linear_size(getattr(*place)) for (_, name), place in self._attention_linears(0).items()}
+        query, key, value = (
+            tuple(name for name in chain if name in attention)
+            for chain in (family.attention_linears.query, family.attention_linears.key, family.attention_linears.value)
+        )
+        output, heads = family.attention_linears.output, config.num_attention_heads
+        v_head_dim = attention[output][1] // heads
         sparse = tuple(block.layer for block in self.blocks)
-        dense = tuple(layer for layer in range(len(self._layers)) if layer not in sparse)
+        dense = tuple(layer for layer in range(len(self.layers)) if layer not in sparse)
         shared = None if self.is_dense else self.blocks[0].shared_experts
-        dense_mlp = self._mlp(dense[0]) if dense else None
+        dense_mlp = [linear_size(getattr(*place)) for place in self._mlp(dense[0]).values()] if dense else []
+        pooler = None if family.pooler is None else part(self.lm, family.pooler)
         return ModelShape(
             hidden=config.hidden_size,
             expert_intermediate=0 if mixture is None else getattr(config, mixture.intermediate),
-            shared_intermediate=0 if shared is None else _size(shared.gate_proj)[0],
-            dense_intermediate=0 if dense_mlp is None else _size(dense_mlp.gate_proj)[0],
-            num_layers=len(self._layers),
+            shared_intermediate=0 if shared is None else linear_size(shared.gate_proj)[0],
+            dense_intermediate=dense_mlp[0][0] if dense_mlp else 0,
+            num_layers=len(self.layers),
             sparse_layers=sparse,
             dense_layers=dense,
             num_experts=self.num_experts,
             native_top_k=self.native_top_k,
             attention=attention,
-            heads=config.num_attention_heads,
-            qk_head_dim=queries[0] // config.num_attention_heads,
-            v_head_dim=attention["o_proj"][1] // config.num_attention_heads,
-            vocabulary=self.lm.get_input_embeddings().num_embeddings,
+            query=query,
+            key=key,
+            value=value,
+            output=output,
+            mlp=family.mlp_linears,
+            heads=heads,
+            qk_head_dim=v_head_dim if query == value else attention[query[-1]][0] // heads,
+            v_head_dim=v_head_dim,
+            parallel_residual=family.parallel_residual is not None and getattr(config, family.parallel_residual),
+            vocabulary=self.num_classes or self.lm.get_input_embeddings().num_embeddings,
+            head=_head_sizes(self.head),
+            pooler=None if pooler is None else linear_size(pooler),
+            image=None if family.image is None else _image_shape(self.lm, config, family.image),
             parameters=_parameters(self.lm),
         )
 
-    def attention_linears(self) -> Mapping[tuple[int, str], tuple[nn.Module, str]]:
-        """Return, for each (layer, linear's name), the attention module and the attribute that holds the linear."""
+    def attention_linears(self) -> Mapping[tuple[int, str], Slot]:
+        """Return where the attention's linears are, by layer and dotted path from the attention."""
         return {
-            key: place for layer in range(len(self._layers)) for key, place in self._attention_linears(layer).items()
+            key: place for layer in range(len(self.layers)) for key, place in self._attention_linears(layer).items()
         }
 
-    def shared_linears(self) -> Mapping[tuple[int, str], tuple[nn.Module, str]]:
+    def shared_linears(self) -> Mapping[tuple[int, str], Slot]:
         """Return the linears of shared experts as `attention_linears` does; empty if the model has no such experts.
 
         Names are gate_proj, up_proj and down_proj, whatever the family calls the module around them.
@@ -225,15 +316,15 @@ class FoundationModel:
             (block.layer, name): (block.shared_experts, name)
             for block in self.blocks
             if block.shared_experts is not None
-            for name in _MLP_LINEARS
+            for name in GATED_LINEARS
         }
 
-    def mlp_linears(self) -> Mapping[tuple[int, str], tuple[nn.Module, str]]:
+    def mlp_linears(self) -> Mapping[tuple[int, str], Slot]:
         """Return the linears of the MLPs of layers without experts as `attention_linears` does; those of a dense model.
 
         Empty if every layer has experts.
         """
-        return {(layer, name): (self._mlp(layer), name) for layer in self.shape.dense_layers for name in _MLP_LINEARS}
+        return {key: place for layer in self.shape.dense_layers for key, place in self._mlp(layer).items()}
 
     @contextmanager
     def active_experts(
@@ -291,13 +382,13 @@ class FoundationModel:
         stream) and leaves nothing behind. Call the model with `use_cache=False`.
         """
         with ExitStack() as stack:
-            for layer in self._layers:
+            for layer in self.layers:
                 layer.forward = partial(self._checkpointed, layer.forward)
                 stack.callback(delattr, layer, "forward")  # uncovers the class's own
             yield
 
     def _checkpointed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bound = self._padding.as_now(forward)
+        bound = self.padding.as_now(forward)
         return checkpoint(bound, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def _check_top_k(self, top_k: int) -> None:
@@ -369,34 +460,59 @@ class FoundationModel:
         return weights
 
     @property
-    def _layers(self) -> nn.ModuleList:
-        layers: nn.ModuleList = attrgetter(self.family.layers)(self.lm)
+    def layers(self) -> nn.ModuleList:
+        """The layers, from the first to the last."""
+        layers: nn.ModuleList = part(self.lm, self.family.layers)
         return layers
 
-    def _attention_linears(self, layer: int) -> Mapping[tuple[int, str], tuple[nn.Module, str]]:
-        attention = _part(self._layers[layer], self.family.attention)
-        found = {
-            (layer, name): (attention, name)
-            for name in self.family.attention_linears
-            if attention is not None and _part(attention, name) is not None
-        }
+    def _attention_linears(self, layer: int) -> Mapping[tuple[int, str], Slot]:
+        attention, names = part(self.layers[layer], self.family.attention), self.family.attention_linears.all
+        found = {(layer, name): place for name in names if (place := _slot(attention, name)) is not None}
         if not found:
-            raise _misfit(
-                self.family,
-                f"{self.family.layers}.{layer}.{self.family.attention} has none of the linear layers "
-                f"{', '.join(self.family.attention_linears)}",
-            )
+            where = joined(self.family.layers, str(layer), self.family.attention)
+            raise misfit(self.family, f"{where} has none of the linear layers {', '.join(names)}")
         return found
 
-    def _mlp(self, layer: int) -> nn.Module:
-        """Return the MLP of a layer without experts."""
-        mlp: nn.Module = attrgetter(self.family.block)(self._layers[layer])
-        missing = [name for name in _MLP_LINEARS if _part(mlp, name) is None]
-        if missing:
-            raise _misfit(
-                self.family, f"{self.family.layers}.{layer}.{self.family.block} has no linear layer {missing[0]}"
-            )
-        return mlp
+    def _mlp(self, layer: int) -> Mapping[tuple[int, str], Slot]:
+        """Return the linears of the MLP of a layer without experts."""
+        mlp = part(self.layers[layer], self.family.block)
+        found = {}
+        for name in self.family.mlp_linears:
+            place = _slot(mlp, name)
+            if place is None:
+                where = joined(self.family.layers, str(layer), self.family.block)
+                raise misfit(self.family, f"{where} has no linear layer {name}")
+            found[layer, name] = place
+        return found
+
+
+def _slot(module: Any, path: str) -> Slot | None:
+    """Return the module at the end of a path and the attribute that holds it; None if there is nothing."""
+    holder, _, name = path.rpartition(".")
+    owner = part(module, holder)
+    return None if getattr(owner, name, None) is None else (owner, name)
+
+
+def _head_sizes(head: nn.Module | None) -> Mapping[str, tuple[int, int]]:
+    if head is None:
+        return {}
+    linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
+    return {joined("head", name, "weight"): linear_size(linear) for name, linear in linears}
+
+
+def _image_shape(lm: Any, config: Any, image: ImageInput) -> ImageShape:
+    patches: Any = part(lm, image.projection)
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    number = (height // patches.kernel_size[0]) * (width // patches.kernel_size[1])
+    return ImageShape(
+        channels=patches.in_channels,
+        height=height,
+        width=width,
+        patches=number,
+        positions=number + image.special_positions,
+        patch_values=patches.in_channels * prod(patches.kernel_size),
+    )
 
 
 def _native(blocks: tuple[SparseBlock, ...]) -> _Routing:
@@ -407,10 +523,7 @@ def _native(blocks: tuple[SparseBlock, ...]) -> _Routing:
 
 
 def _blocks(lm: Any, family: Family) -> tuple[SparseBlock, ...]:
-    layers = _part(lm, family.layers)
-    if layers is None:
-        raise _misfit(family, f"the model has no {family.layers}")
-    found = [_block(lm.config, family, number, layer) for number, layer in enumerate(layers)]
+    found = [_block(lm.config, family, number, layer) for number, layer in enumerate(part(lm, family.layers))]
     blocks = tuple(block for block in found if block is not None)
     mixture = family.mixture
     if mixture is not None and not blocks:
@@ -425,27 +538,25 @@ def _blocks(lm: Any, family: Family) -> tuple[SparseBlock, ...]:
 def _block(config: Any, family: Family, number: int, layer: nn.Module) -> SparseBlock | None:
     """Return the layer's mixture of experts, None for a dense layer."""
     where, mixture = f"{family.layers}.{number}.{family.block}", family.mixture
-    module = _part(layer, family.block)
-    if module is None:
-        raise _misfit(family, f"the model has no {where}")
+    module = part(layer, family.block)
     if mixture is None:
         return None
-    router, experts = _part(module, mixture.router), _part(module, mixture.experts)
+    router, experts = part(module, mixture.router), part(module, mixture.experts)
     if router is None and experts is None:
         return None
     if router is None or not hasattr(router, mixture.router_top_k):
-        raise _misfit(
+        raise misfit(
             family, f"{where} has experts, but no router with {mixture.router_top_k!r} at {where}.{mixture.router}"
         )
     if experts is None:
-        raise _misfit(family, f"{where} has a router, but no experts at {where}.{mixture.experts}")
+        raise misfit(family, f"{where} has a router, but no experts at {where}.{mixture.experts}")
     check_supported(experts, f"{where}.{mixture.experts}")
     return SparseBlock(
         layer=number,
         module=module,
         router=router,
         experts=experts,
-        shared_experts=None if mixture.shared_experts is None else _part(module, mixture.shared_experts),
+        shared_experts=None if mixture.shared_experts is None else part(module, mixture.shared_experts),
         num_experts=getattr(config, mixture.num_experts),
         native_top_k=_native_top_k(config, family.model_type, mixture),
         native_gate="renormalised" if _renormalises(config, mixture) else "plain",
@@ -478,24 +589,11 @@ def _renormalises(config: Any, mixture: Mixture) -> bool:
     return answer if isinstance(answer, bool) else bool(getattr(config, answer))
 
 
-def _part(module: Any, path: str) -> Any:
-    """Follow a dotted path; None where it leads nowhere."""
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
-def _size(linear: Any) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
+def linear_size(linear: Any) -> tuple[int, int]:
+    """Return (out, in) of a linear layer, also of GPT-2's kind, whose weight is stored transposed."""
+    return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
 
 
 def _parameters(lm: nn.Module) -> int:
     quantised = sum(module.shape.numel() for module in lm.modules() if isinstance(module, QuantisedWeight))
     return sum(parameter.numel() for parameter in lm.parameters()) + quantised
-
-
-def _misfit(family: Family, what: str) -> ModelError:
-    return ModelError(
-        f"{what}: not a {family.model_type} model as emberfed/models/families/{family.model_type}.py describes it; "
-        f"the versions of transformers and emberfed may not go together"
-    )

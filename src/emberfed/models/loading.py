@@ -1,10 +1,10 @@
-"""From `model` in the configuration to a `FoundationModel` and its tokenizer."""
+"""From `model` in the configuration to a `FoundationModel`, and to its tokenizer."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -26,27 +28,51 @@ from transformers import (
 from emberfed import builtin
 from emberfed.errors import ModelError
 from emberfed.models.config import ModelConfig
-from emberfed.models.families import Family, family_of
+from emberfed.models.families import Family, Task, families, family_of, load_family
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.quantised import Bits
 from emberfed.models.quantised_loading import ExpertQuantisation
 
+_SEED = 0
+"""Of weights that no checkpoint has: the same base model wherever it is loaded."""
+
+_CLASSES: Mapping[Task, Any] = {
+    "generation": AutoModelForCausalLM,
+    "text_classification": AutoModelForSequenceClassification,
+    "image_classification": AutoModelForImageClassification,
+}
+
 
 def load(config: ModelConfig) -> tuple[FoundationModel, PreTrainedTokenizerBase]:
-    """Load the model, frozen, and its tokenizer. A local folder is read without any network.
+    """Load a model that generates, frozen, and its tokenizer. Raises: as `load_model` and `load_tokenizer`."""
+    return load_model(config), load_tokenizer(config)
+
+
+def load_model(config: ModelConfig, classes: Sequence[str] | None = None, task: Task | None = None) -> FoundationModel:
+    """Load a model, frozen. A local folder is read without any network.
+
+    A classifier keeps its checkpoint's head if that tells apart these classes, by name and in this order. Otherwise the
+    head, and what a checkpoint of pretraining lacks in front of it, is drawn by transformers' own initialisation from a
+    seed that is always the same: one checkpoint and one number of classes give one base model.
 
     With `expert_bits` the experts are quantised as they are read. Beside what is in memory already, loading needs about
     twice the largest fused weight of one layer in `dtype`, and the checkpoint's files mapped, pages of which the system
     drops when memory runs short.
 
-    Raises: ModelError if either cannot be found or read, if weights are missing or not finite, if the model is of no
-        known family, or has no experts that can be quantised.
+    Args:
+        config: Which model, and how to hold it.
+        classes: Names of the classes in the order of their numbers, for a classifier; None for a model that generates.
+        task: What the model is to do; None is generation without `classes`, and with them whichever kind of classifier
+            the model is (the built-in one tells images apart).
+
+    Raises: ModelError if it cannot be found or read, if weights are missing or not finite, if the model is of no known
+        family or of one for another task, or has no experts that can be quantised.
     """
-    path = model_path(config)
+    path = model_path(config, task or ("generation" if classes is None else "image_classification"))
     device = _device(config.device)
     if config.revision is not None and Path(path).is_dir():
         raise ModelError(f"model.revision {config.revision!r} is of hub ids only, and model.path {path} is a folder")
-    with _reading(path, "model"), _quietly():
+    with _reading(path, "model"), _quietly(), torch.random.fork_rng(devices=[]):
         where: dict[str, Any] = {
             "local_files_only": Path(path).is_dir(),
             "revision": config.revision,
@@ -54,19 +80,97 @@ def load(config: ModelConfig) -> tuple[FoundationModel, PreTrainedTokenizerBase]
         }
         found = AutoConfig.from_pretrained(path, **where)  # before gigabytes of weights are read
         family = family_of(found)
-        _check_stored_formats(Path(path), found)
-        if config.expert_bits is not None:
-            where["quantization_config"] = _quantisation(found, family, config.expert_bits)
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=config.dtype, output_loading_info=True, ignore_mismatched_sizes=True, **where
-        )
-        _check_whole(info)
+        _check_task(family, classes, task)
+        known = [found.id2label[number] for number in sorted(found.id2label)] if found.id2label else []
+        if classes is not None:
+            found.id2label, found.label2id = _numbered(classes)
+        _choose_class(found, family.task)
+        if config.weights == "random":
+            lm = _drawn(config, found, family)
+        else:
+            _check_stored_formats(Path(path), found)
+            if config.expert_bits is not None:
+                where["quantization_config"] = _quantisation(found, family, config.expert_bits)
+            lm, info = _CLASSES[family.task].from_pretrained(
+                path,
+                config=found,
+                dtype=config.dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **where,
+            )
+            fresh = _fresh_parts(family, info, keeps_head=classes is None or list(classes) == known)
+            _check_whole(info, family, fresh)
+            for part in fresh:
+                _draw_again(lm, part)
         _check_finite(lm)
     _let_go_of_files(lm)
     _return_freed_memory()
-    # A checkpoint's own penalties and beams would change greedy answers without anybody seeing why.
-    lm.generation_config = GenerationConfig()
-    return FoundationModel(lm.to(device)), load_tokenizer(config)
+    if lm.can_generate():
+        # A checkpoint's own penalties and beams would change greedy answers without anybody seeing why.
+        lm.generation_config = GenerationConfig()
+    return FoundationModel(lm.to(device))
+
+
+def _check_task(family: Family, classes: Sequence[str] | None, task: Task | None) -> None:
+    """Check that the family is for the task, and is given classes if that needs them. Raises: ModelError."""
+    words = family.task.replace("_", " ")
+    if task is not None and task != family.task:
+        others = ", ".join(name for name in families() if load_family(name).task == task)
+        raise ModelError(
+            f"{family.model_type} models are for {words}, but data.task is {task!r}; set data.task={family.task}, or "
+            f"choose a model of another family (for {task}: {others})"
+        )
+    if classes is None and family.head is not None:
+        raise ModelError(f"{family.model_type} models are for {words} and need the names of classes; none were given")
+    if classes is not None and family.head is None:
+        raise ModelError(
+            f"{family.model_type} models are for {words}, but classes are to be told apart "
+            f"({', '.join(classes[:3])}, ...); choose a classifier, or set data.task=generation"
+        )
+    if classes is not None and (len(classes) < 2 or len(set(classes)) != len(classes)):
+        raise ModelError(f"a classifier needs two or more classes of different names, found {list(classes)}")
+
+
+def _numbered(classes: Sequence[str]) -> tuple[dict[int, str], dict[str, int]]:
+    return dict(enumerate(classes)), {name: number for number, name in enumerate(classes)}
+
+
+def _choose_class(found: Any, task: Task) -> None:
+    """Say which class the model is of where a family has several (DeiT's other one has two heads that are averaged)."""
+    candidates = _CLASSES[task]._model_mapping[type(found)]
+    if isinstance(candidates, tuple):
+        found.architectures = [candidates[0].__name__]
+
+
+def _drawn(config: ModelConfig, found: Any, family: Family) -> Any:
+    """Return a model of random weights."""
+    if config.expert_bits is not None:
+        raise ModelError("model.expert_bits is of a checkpoint's weights; set model.weights=checkpoint or it to null")
+    dtype = found.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    torch.manual_seed(_SEED)
+    return _CLASSES[family.task].from_config(found, dtype=dtype).eval()
+
+
+def _fresh_parts(family: Family, info: Mapping[str, Any], keeps_head: bool) -> tuple[str, ...]:
+    """Return the paths of what the checkpoint lacks and may lack, in part or whole, or has for other classes."""
+    lacking = {*_names_of(info, "missing_keys"), *_names_of(info, "mismatched_keys")}
+    may_lack = [path for path in (family.head, family.fresh) if path is not None]
+    return tuple(
+        path
+        for path in may_lack
+        if (path == family.head and not keeps_head) or any(name.startswith(f"{path}.") for name in lacking)
+    )
+
+
+def _draw_again(lm: Any, path: str) -> None:
+    """Draw a part's weights anew, by transformers' own initialisation, whatever else the checkpoint lacked."""
+    module = lm.get_submodule(path)
+    for parameter in module.parameters():
+        parameter._is_hf_initialized = False
+    torch.manual_seed(_SEED)
+    for _, child in sorted(module.named_modules()):
+        lm._init_weights(child)
 
 
 _UNDERSTOOD_QUANTISATION = "mxfp4"
@@ -100,16 +204,27 @@ def _check_stored_formats(path: Path, found: Any) -> None:
                     )
 
 
-def _check_whole(info: Mapping[str, Any]) -> None:
-    """Check what transformers says of loading: every weight found, none left over, none of another shape."""
-    for key, what in (
+def _names_of(info: Mapping[str, Any], kind: str) -> list[str]:
+    """Return the names of one kind of what transformers says of loading, sorted."""
+    return sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(kind) or ())
+
+
+def _check_whole(info: Mapping[str, Any], family: Family, fresh: Sequence[str]) -> None:
+    """Check what transformers says of loading: every weight found, none left over, none of another shape.
+
+    Parts that are drawn may be missing. A classifier's checkpoint may hold what it was pretrained with, but no layer
+    that config.json does not tell of.
+    """
+    for kind, what in (
         ("missing_keys", "weights are not in the checkpoint"),
         ("unexpected_keys", "tensors of the checkpoint have no place in the model its config.json describes"),
         ("mismatched_keys", "weights have another shape than config.json says"),
         ("conversion_errors", "weights could not be put together from the checkpoint's"),
     ):
-        found = info.get(key) or ()
-        names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in found)
+        names = [name for name in _names_of(info, kind) if not name.startswith(tuple(f"{part}." for part in fresh))]
+        if kind == "unexpected_keys" and family.head is not None:
+            within = family.layers.partition(".")[2]  # as a checkpoint of the transformer alone names them
+            names = [name for name in names if name.startswith((f"{family.layers}.", f"{within}."))]
         if names:
             raise ModelError(f"{len(names)} {what}, the first is {names[0]!r}; the checkpoint is damaged or incomplete")
 
@@ -157,11 +272,19 @@ def _tokenizer(path: str, **where: Any) -> PreTrainedTokenizerBase:
     return named
 
 
-def model_path(config: ModelConfig) -> str:
-    """Return where the model is read from, `builtin` resolved to its folder in the package."""
+def model_path(config: ModelConfig, task: Task = "generation") -> str:
+    """Return where the model is read from, `builtin` resolved to the folder in the package of that task's model.
+
+    Raises: ModelError if no model for the task comes with the package.
+    """
     if config.path != "builtin":
         return config.path
-    return str(builtin.model_path())
+    if task == "text_classification":
+        raise ModelError(
+            "model.path is 'builtin', but no model for text classification comes with the package; give the folder or "
+            "hub id of one, such as a BERT or RoBERTa"
+        )
+    return str(builtin.model_path() if task == "generation" else builtin.vision_model_path())
 
 
 def _quantisation(found: Any, family: Family, bits: Bits) -> ExpertQuantisation:

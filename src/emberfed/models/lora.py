@@ -1,4 +1,4 @@
-"""The adapter as trainable parameters of a model: LoRA on attention, experts and MLPs, and trained routers.
+"""The adapter as trainable parameters of a model: LoRA on attention, experts and MLPs, trained routers and heads.
 
 What its tensors are called, and their shapes: `lora_layout`. The adapted weight is W + alpha / R * B A.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -17,13 +17,17 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from pydantic import Field, model_validator
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from emberfed.errors import ConfigError
 from emberfed.models import lora_layout, peft_layout
+from emberfed.models.counting import ActivationCounter
 from emberfed.models.foundation_model import FoundationModel, SparseBlock
 from emberfed.models.groups import ExpertViews, TrainableGroups
+from emberfed.models.head import attached_head, initial_head, is_head, trained_in_full
 from emberfed.models.lora_layout import check, is_expert, layer_of, router_weight
 from emberfed.models.routed_lora import MATRICES, ExpertLora
+from emberfed.models.trainable import Trainable
 from emberfed.sections import Section
 
 _NOTHING = "attention, experts, shared_experts and dense_mlp are all false, so there is nothing to adapt"
@@ -40,9 +44,10 @@ class LoraConfig(Section):
         attention: Adapt the linear layers of every attention (q, k, v and o in most families).
         experts: Adapt the three matrices of every routed expert; null does where the model has any.
         shared_experts: Adapt the three matrices of the shared experts, which every token passes.
-        dense_mlp: Adapt the three matrices of the MLP in every layer without experts; null does in a dense model, which
+        dense_mlp: Adapt the matrices of the MLP in every layer without experts; null does in a dense model, which
             has no other layers.
         router: Train the routers' weights too, in full. They are frozen by default.
+        head: Train the head that makes logits of classes, in full; null does in a classifier.
         start_from: Folder of a PEFT adapter of the same rank and alpha to begin with; null is a fresh one. It must
             cover what the keys above say, each at least in part.
     """
@@ -54,6 +59,7 @@ class LoraConfig(Section):
     shared_experts: bool = False
     dense_mlp: bool | None = None
     router: bool = False
+    head: bool | None = None
     start_from: str | None = None
 
     @model_validator(mode="after")
@@ -73,6 +79,7 @@ class LoraConfig(Section):
             ("shared_experts", bool(model.shared_linears()), "shared experts"),
             ("dense_mlp", dense, "layers without experts"),
             ("router", routed, "routers"),
+            ("head", model.head is not None, "head for classes"),
         ):
             if getattr(self, key) and not there:
                 raise ConfigError(
@@ -85,14 +92,15 @@ class LoraConfig(Section):
             raise ConfigError(
                 f"{_NOTHING} in this {model.family.model_type} model; set adapter.attention=true or another of them"
             )
-        return self.model_copy(update={"experts": experts, "dense_mlp": dense_mlp})
+        head = model.head is not None if self.head is None else self.head
+        return self.model_copy(update={"experts": experts, "dense_mlp": dense_mlp, "head": head})
 
 
 def initial(model: FoundationModel, config: LoraConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Return the adapter to begin with, float32 on the CPU, by sorted name.
 
     A fresh one does not change what the model computes: A is uniform in ±1/sqrt(in), drawn in the order of the names
-    (PEFT's default, Kaiming with a = sqrt(5)); B is zero; routers are copies of the base's.
+    (PEFT's default, Kaiming with a = sqrt(5)); B is zero; routers and the head are copies of the base's.
 
     Raises: ConfigError if the model lacks what the config adapts, a fresh adapter is larger than this machine's memory,
     or the adapter of `start_from` is of another rank, alpha or coverage; ModelError if it cannot be read or is of
@@ -112,6 +120,8 @@ def initial(model: FoundationModel, config: LoraConfig, generator: torch.Generat
     if config.router:
         for block in model.blocks:
             tensors[f"layers.{block.layer}.router.weight"] = _float32_copy(router_weight(block.router), "cpu")
+    if config.resolved(model).head:
+        tensors |= initial_head(model)
     return dict(sorted(tensors.items()))
 
 
@@ -144,7 +154,7 @@ def _started(model: FoundationModel, config: LoraConfig, folder: str) -> dict[st
     """Return the adapter in a folder. Raises: ConfigError if it is not what the config says; ModelError."""
     tensors, alpha = peft_layout.from_peft(Path(folder), model)
     where = f"adapter.start_from {folder}"
-    kinds = {name.split(".")[2] for name in tensors}
+    kinds = {"head" if is_head(name) else name.split(".")[2] for name in tensors}
     resolved = config.resolved(model)
     for kind, key in (
         ("self_attn", "attention"),
@@ -152,6 +162,7 @@ def _started(model: FoundationModel, config: LoraConfig, folder: str) -> dict[st
         ("shared_experts", "shared_experts"),
         ("mlp", "dense_mlp"),
         ("router", "router"),
+        ("head", "head"),
     ):
         wanted = bool(getattr(resolved, key))
         if (kind in kinds) != wanted:
@@ -171,32 +182,33 @@ def _started(model: FoundationModel, config: LoraConfig, folder: str) -> dict[st
 
 
 @final
-class Adapter:
-    """An adapter attached to a model.
+class Adapter(Trainable):
+    """An adapter attached to a model."""
 
-    Attributes:
-        parameters: What the model computes with: float32, by sorted canonical name.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], rows: Mapping[int, int]) -> None:
-        """Hold the parameters; `rows` is the row of each decoder layer in activation counts."""
+    def __init__(self, parameters: Mapping[str, nn.Parameter], model: FoundationModel) -> None:
+        """Hold the parameters, and the model they are attached to."""
         self.parameters = dict(sorted(parameters.items()))
-        self._rows = dict(rows)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return copies of the parameters' present values, on the CPU."""
-        return {name: _float32_copy(parameter, "cpu") for name, parameter in self.parameters.items()}
+        self._model = model
 
     def trainable_groups(self) -> TrainableGroups:
         """Return the parameters as an optimiser should see them: expert tensors split into one view per expert."""
+        rows = {block.layer: row for row, block in enumerate(self._model.blocks)}
         return TrainableGroups(
             dense={name: value for name, value in self.parameters.items() if not is_expert(name)},
             experts=tuple(
-                ExpertViews.of(name, value, self._rows[layer_of(name)])
+                ExpertViews.of(name, value, rows[layer_of(name)])
                 for name, value in self.parameters.items()
                 if is_expert(name)
             ),
         )
+
+    def counting(self) -> AbstractContextManager[ActivationCounter]:
+        """Count the use of the model's own experts, see `FoundationModel.count_activations`."""
+        return self._model.count_activations()
+
+    def auxiliary_loss(self) -> torch.Tensor | None:
+        """Return None: LoRA has no loss of its own."""
+        return None
 
 
 @contextmanager
@@ -213,6 +225,7 @@ def attached(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alpha:
     check(model, tensors)
     parameters = {name: nn.Parameter(_float32_copy(tensor, model.device)) for name, tensor in tensors.items()}
     with ExitStack() as stack:
+        stack.enter_context(attached_head(model, parameters))
         for path, (module, attribute) in lora_layout.linears(model).items():
             if f"{path}.lora_A" in parameters:
                 stack.enter_context(_adapted_linear(module, attribute, *_pair(parameters, path), alpha))
@@ -221,10 +234,11 @@ def attached(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alpha:
             if factors:
                 stack.enter_context(_adapted_experts(block, factors, alpha))
             if f"layers.{block.layer}.router.weight" in parameters:
-                stack.enter_context(_trained_router(block.router, parameters[f"layers.{block.layer}.router.weight"]))
+                weight = parameters[f"layers.{block.layer}.router.weight"]
+                stack.enter_context(trained_in_full(block.router, {"weight": weight}))
             if f"layers.{block.layer}.router.rescaler" in parameters:
                 stack.enter_context(_rescaled(block.router, parameters[f"layers.{block.layer}.router.rescaler"]))
-        yield Adapter(parameters, {block.layer: row for row, block in enumerate(model.blocks)})
+        yield Adapter(parameters, model)
 
 
 def _pair(parameters: Mapping[str, nn.Parameter], path: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -239,7 +253,8 @@ def _adapted_linear(
     rank = a.shape[0]
     # PEFT draws initial weights from the global random stream; on the meta device it draws nothing, and ours follow.
     with torch.device("meta"):
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False)
+        transposed = isinstance(base, Conv1D)
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False, fan_in_fan_out=transposed)
         adapted = PeftLinear(base, "default", config, r=rank, lora_alpha=alpha)
     adapted.lora_A["default"].weight = a
     adapted.lora_B["default"].weight = b
@@ -267,22 +282,6 @@ def _adapted_experts(
         yield
     finally:
         del block.experts.emberfed_lora
-
-
-@contextmanager
-def _trained_router(router: nn.Module, weight: nn.Parameter) -> Iterator[None]:
-    base = router_weight(router)
-    slots = router._parameters  # the one way to put a computed tensor where a parameter is
-
-    def use_trained(_: nn.Module, __: Any) -> None:
-        slots["weight"] = weight.to(base.dtype)  # type: ignore[assignment]
-
-    hook = router.register_forward_pre_hook(use_trained)
-    try:
-        yield
-    finally:
-        hook.remove()
-        slots["weight"] = base
 
 
 @contextmanager

@@ -5,13 +5,16 @@ Names do not depend on transformers or PEFT:
     layers.{l}.self_attn.{linear}.lora_A                 (R, in)       .lora_B   (out, R)
     layers.{l}.experts.{gate,up,down}_proj.lora_A        (E, R, in)    .lora_B   (E, out, R)
     layers.{l}.shared_experts.{gate,up,down}_proj.lora_A (R, in)       .lora_B   (out, R)
-    layers.{l}.mlp.{gate,up,down}_proj.lora_A            (R, in)       .lora_B   (out, R)    layers without experts
+    layers.{l}.mlp.{linear}.lora_A                       (R, in)       .lora_B   (out, R)    layers without experts
     layers.{l}.router.weight                             (E, D)        trained in full
     layers.{l}.router.rescaler                           (1,)          factor of the routed experts' combined output
+    head.{parameter}                                                   trained in full, see `head`
 
-An adapter holds any of them, lora_A and lora_B always together. The adapted weight is W + alpha / R * B A; R is read
-from the shapes and may differ from tensor to tensor, also between gate_proj and up_proj. Shapes are these for every
-family, also where transformers stores the experts' weights transposed, or gate and up alternating.
+{linear} is the family's own name of it, a dotted path from the attention or the MLP: q_proj, fc1, output.dense.
+
+An adapter holds any of them, lora_A and lora_B always together, and the head whole. The adapted weight is
+W + alpha / R * B A; R is read from the shapes and may differ from tensor to tensor, also between gate_proj and up_proj.
+Shapes are these for every family, also where transformers stores weights transposed, or gate and up alternating.
 
 Shapes: E experts, R rank, D hidden, F expert hidden.
 """
@@ -25,15 +28,14 @@ import torch
 from torch import nn
 
 from emberfed.errors import ModelError, closest
-from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.foundation_model import FoundationModel, Slot, linear_size
+from emberfed.models.head import head_parameters
 
 _EXPERT = re.compile(r"layers\.\d+\.experts\.")
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Sizes = Mapping[str, tuple[int, ...]]
 """Shape of the adapted weight, (out, in) or (E, out, in), by canonical path: the name of its LoRA without `.lora_A`."""
-Slot = tuple[nn.Module, str]
-"""A module, and its attribute that holds a linear layer."""
 
 
 def is_expert(name: str) -> bool:
@@ -45,7 +47,7 @@ def layer_of(name: str) -> int:
     """Return the decoder layer of a canonical name. Raises: ModelError if it is not one."""
     match = _LAYER.match(name)
     if match is None:
-        raise ModelError(f"{name!r} is not an adapter tensor's name; they begin with 'layers.<number>.'")
+        raise ModelError(f"{name!r} is not the name of a layer's adapter tensor; they begin with 'layers.<number>.'")
     return int(match[1])
 
 
@@ -71,8 +73,7 @@ def linears(model: FoundationModel) -> Mapping[str, Slot]:
 
 def linear_sizes(linears: Mapping[str, Slot]) -> Sizes:
     """Return the weights' shapes of linear layers."""
-    modules = {path: getattr(module, attribute) for path, (module, attribute) in linears.items()}
-    return {path: (linear.out_features, linear.in_features) for path, linear in modules.items()}
+    return {path: linear_size(getattr(*slot)) for path, slot in linears.items()}
 
 
 def expert_sizes(model: FoundationModel) -> Sizes:
@@ -98,6 +99,11 @@ def rescaler_sizes(model: FoundationModel) -> Sizes:
     return {f"layers.{block.layer}.router.rescaler": (1,) for block in model.blocks}
 
 
+def head_sizes(model: FoundationModel) -> Sizes:
+    """Return the parameters of the head; empty where the model generates."""
+    return {name: tuple(parameter.shape) for name, parameter in head_parameters(model).items()}
+
+
 def router_weight(router: nn.Module) -> nn.Parameter:
     """Return a router's weight, (E, D)."""
     weight = router.weight
@@ -106,7 +112,7 @@ def router_weight(router: nn.Module) -> nn.Parameter:
 
 
 def check(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check that an adapter fits the model: whole pairs, nothing foreign, right shapes.
+    """Check that an adapter fits the model: whole pairs, a whole head or none, nothing foreign, right shapes.
 
     Raises: ModelError naming the first tensor that is wrong, what it is and what was expected.
     """
@@ -114,6 +120,7 @@ def check(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> None:
         **_pairs({**linear_sizes(linears(model)), **expert_sizes(model)}),
         **router_sizes(model),
         **rescaler_sizes(model),
+        **head_sizes(model),
     }
     for name in tensors:
         if name not in expected:
@@ -121,6 +128,12 @@ def check(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> None:
         partner = _partner(name)
         if partner not in tensors:
             raise ModelError(f"the adapter has {name!r} but lacks {partner!r}; lora_A and lora_B belong together")
+    of_head = [name for name in head_sizes(model) if name in tensors]
+    for name in head_sizes(model) if of_head else ():
+        if name not in tensors:
+            raise ModelError(
+                f"the adapter has {of_head[0]!r} but lacks {name!r}; the parameters of a head belong together"
+            )
     for name, tensor in tensors.items():
         _check_shape(name, tensor, expected[name], tensors)
 
@@ -135,7 +148,7 @@ def _pairs(sizes: Sizes) -> Sizes:
 
 
 def _partner(name: str) -> str:
-    """Name of the other factor of a LoRA; a router's weight stands alone."""
+    """Name of the other factor of a LoRA; what is trained in full stands alone."""
     path, _, factor = name.rpartition(".")
     return f"{path}.{({'lora_A': 'lora_B', 'lora_B': 'lora_A'}).get(factor, factor)}"
 

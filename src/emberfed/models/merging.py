@@ -1,6 +1,6 @@
 """An adapter written into the base's own weights, and the result as an ordinary Hugging Face checkpoint.
 
-W becomes W + alpha / R * B A for attention, experts and MLPs; a trained router takes the place of the base's.
+W becomes W + alpha / R * B A for attention, experts and MLPs; a trained router or head takes the place of the base's.
 Sums are float32, one matrix of one expert at a time, and are rounded once to the type the base is loaded in. A bfloat16
 weight has 8 significant bits, so an update below 1/512 of it can vanish: merge into a float32 base to lose nothing.
 """
@@ -10,19 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.pytorch_utils import Conv1D
 
 from emberfed.errors import ModelError, StorageError
 from emberfed.models.expert_weights import ExpertWeights
 from emberfed.models.foundation_model import FoundationModel, SparseBlock
+from emberfed.models.head import head_parameters
 from emberfed.models.lora_layout import check, linears, router_weight
 from emberfed.models.quantised import QuantisedWeight
+
+
+class Saveable(Protocol):
+    """What transformers writes beside a model: a tokenizer, the processing of images."""
+
+    def save_pretrained(self, save_directory: str) -> object:
+        """Write its files to a folder."""
+        ...
 
 
 @torch.no_grad()
@@ -43,12 +53,17 @@ def merge_into(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alph
     for path, (module, attribute) in linears(model).items():
         if f"{path}.lora_A" in on_device:
             a, b = on_device[f"{path}.lora_A"], on_device[f"{path}.lora_B"]
-            _add(getattr(module, attribute).weight.detach(), b @ a, alpha / a.shape[0])
+            linear = getattr(module, attribute)
+            stored = linear.weight.detach()
+            _add(stored.t() if isinstance(linear, Conv1D) else stored, b @ a, alpha / a.shape[0])
     for block in model.blocks:
         _merge_experts(block, on_device, alpha)
         router = on_device.get(f"layers.{block.layer}.router.weight")
         if router is not None:
             router_weight(block.router).detach().copy_(router)
+    for name, parameter in head_parameters(model).items():
+        if name in on_device:
+            parameter.detach().copy_(on_device[name])
 
 
 @contextmanager
@@ -84,6 +99,7 @@ def _touched(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> Ite
             yield experts.down_proj
         if f"layers.{block.layer}.router.weight" in tensors:
             yield router_weight(block.router)
+    yield from (parameter for name, parameter in head_parameters(model).items() if name in tensors)
 
 
 def check_mergeable(model: FoundationModel) -> None:
@@ -101,20 +117,27 @@ def check_whole_weights(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def write_checkpoint(model: FoundationModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write config.json, weights (safetensors) and the tokenizer, for `AutoModelForCausalLM.from_pretrained`.
+def write_checkpoint(model: FoundationModel, processor: Saveable | None, folder: Path) -> None:
+    """Write config.json, weights (safetensors) and what makes inputs, for transformers' `from_pretrained`.
+
+    Args:
+        model: The model.
+        processor: Its tokenizer, or its processing of images; None writes none.
+        folder: Where to.
 
     Raises: StorageError.
     """
-    # Loading forgets the checkpoint's generation defaults; without them a merged model would not know where to stop.
-    model.lm.generation_config = _generation_config(model)
+    if model.lm.can_generate():
+        # Loading forgets the checkpoint's generation defaults; without them the model would not know where to stop.
+        model.lm.generation_config = _generation_config(model)
     # A base restored from fewer bits would be written as the pieces it was read from, without being in their format.
     model.lm._weight_conversions = get_model_conversion_mapping(model.lm)
     model.lm.config.__dict__.pop("quantization_config", None)
     try:
         with _without_bars():
             model.lm.save_pretrained(folder)
-            tokenizer.save_pretrained(str(folder))
+            if processor is not None:
+                processor.save_pretrained(str(folder))
         for weights in folder.glob(
             "*.safetensors"
         ):  # written for their owner alone; the other files' mode is the user's

@@ -39,13 +39,24 @@ class ModelInputs:
 class PaddingFilter:
     """Sends padded positions to no expert: the index of their experts becomes E."""
 
-    def __init__(self, base: nn.Module, experts: Iterable[nn.Module]) -> None:
-        """Follow the forward passes of `base` and change what its `experts` are given, from now on."""
+    def __init__(self, base: nn.Module, experts: Iterable[nn.Module] = ()) -> None:
+        """Follow the forward passes of `base` and change what its `experts` are given, until `remove`."""
         self._inputs = ModelInputs(base)
         self._padding_T1: torch.Tensor | None = None
-        base.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for module in experts:
-            module.register_forward_pre_hook(self._filter)
+        self._hooks = [
+            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            *(module.register_forward_pre_hook(self._filter) for module in experts),
+        ]
+
+    @property
+    def now(self) -> torch.Tensor | None:
+        """True at the padding of the present forward pass, (T, 1); None if there is none, or no mask that tells."""
+        return self._padding_T1
+
+    def remove(self) -> None:
+        """Leave the model as it was before."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def as_now(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return `forward` bound to the padding of the pass in which it is first called, for running it again later."""

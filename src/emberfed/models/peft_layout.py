@@ -15,7 +15,9 @@ An adapter becomes `adapter_config.json` and `adapter_model.safetensors`, which 
   without experts go through `target_parameters` too: PEFT takes modules called gate_proj, up_proj and down_proj for the
   routed experts of older transformers.
 * A trained router is a copy of the module in `modules_to_save`, with all it has; only its weight may differ.
-* A target is named by layer where not all layers that could have it do.
+* A classifier's head is one, too, and all of it is trained.
+* A target is named by layer where not all layers that could have it do, or where its name ends another's.
+* GPT-2 stores weights transposed, which PEFT is told (`fan_in_fan_out`); A and B are the same whether or not.
 
 Reading is the inverse, bit by bit. It also takes what PEFT's users make: any part of the above, patterns of rank and
 alpha, rank-stabilised scale. A fused LoRA that mixes gate and up, of rank R, is exactly gate (A, B_gate) and up
@@ -41,11 +43,13 @@ import peft
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.pytorch_utils import Conv1D
 
 from emberfed.errors import ModelError, closest
-from emberfed.models.foundation_model import FoundationModel, SparseBlock
+from emberfed.models.foundation_model import FoundationModel, Slot, SparseBlock
 from emberfed.models.fused_lora import StackedLora, alternating, flatten, fuse, one_after_the_other, unflatten, unfuse
-from emberfed.models.lora_layout import Slot, attention_linears, check, mlp_linears, shared_linears
+from emberfed.models.head import head_parameters
+from emberfed.models.lora_layout import attention_linears, check, mlp_linears, shared_linears
 from emberfed.models.peft_settings import PeftSettings, Size
 from emberfed.models.routed_lora import MATRICES
 from emberfed.records import Json
@@ -59,7 +63,7 @@ _PREFIX = "base_model.model."
 _OTHER_FACTOR = {"lora_A": "lora_B", "lora_B": "lora_A"}
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _OTHER_LORA = (
-    "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "velora_config", "kasa_config",
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "velora_config", "kasa_config",
     "alora_invocation_tokens", "monteclora_config", "arrow_config", "layer_replication", "trainable_token_indices",
 )  # fmt: skip
 _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -179,9 +183,14 @@ def to_peft(
     for target in targets:
         converted[f"{_PREFIX}{target.key}.lora_A.weight"] = target.a
         converted[f"{_PREFIX}{target.key}.lora_B.weight"] = target.b
-    config = _config(targets, paths.targets(), base_path)
-    if trained:
-        config["modules_to_save"] = _names([paths.routers[path] for path in trained], paths.routers.values())
+    config = _config(targets, paths.targets(), base_path, model)
+    whole: list[Json] = [*_names([paths.routers[path] for path in trained], paths.routers.values())] if trained else []
+    head = {name: tensors[name] for name in head_parameters(model) if name in tensors}
+    if head:
+        whole.append(model.family.head)
+        converted |= {_head_key(name, model): value for name, value in head.items()}
+    if whole:
+        config["modules_to_save"] = whole
     # Copies of their own, since safetensors refuses tensors that share memory.
     return config, {key: value.detach().to("cpu", copy=True).contiguous() for key, value in converted.items()}
 
@@ -219,7 +228,14 @@ def _experts(tensors: Mapping[str, torch.Tensor], alpha: float, paths: _Paths, m
     return targets
 
 
-def _config(targets: Sequence[_Target], possible: Collection[str], base_path: str) -> dict[str, Json]:
+def _head_key(name: str, model: FoundationModel) -> str:
+    """Return the key of a head's parameter."""
+    return f"{_PREFIX}{model.family.head}.{name.removeprefix('head.')}"
+
+
+def _config(
+    targets: Sequence[_Target], possible: Collection[str], base_path: str, model: FoundationModel
+) -> dict[str, Json]:
     """Return the configuration; targets whose rank or alpha is not the default one are listed in patterns."""
     modules = [target.name for target in targets if target.name == target.key]
     parameters = [target.name for target in targets if target.name != target.key]
@@ -227,7 +243,7 @@ def _config(targets: Sequence[_Target], possible: Collection[str], base_path: st
     patterns = _patterns(targets, default)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if model.task == "generation" else None,
         "peft_version": peft.__version__,
         "base_model_name_or_path": base_path,
         "r": default.rank,
@@ -237,25 +253,32 @@ def _config(targets: Sequence[_Target], possible: Collection[str], base_path: st
         "rank_pattern": {pattern: size.rank for pattern, size in patterns.items()},
         "alpha_pattern": {pattern: size.alpha for pattern, size in patterns.items()},
         "lora_dropout": 0.0,
+        "fan_in_fan_out": any(isinstance(getattr(*slot), Conv1D) for slot in attention_linears(model).values()),
         "bias": "none",
         "inference_mode": True,
     }
 
 
 def _names(chosen: Collection[str], possible: Collection[str]) -> list[str]:
-    """Return how PEFT is told of targets: by their name within the layer where all layers' are chosen, else one by one.
+    """Return how PEFT is told of targets: by their name within the layer where that means no other, else one by one.
 
     PEFT takes a name for every dotted path that ends with it.
     """
     left_out = {_within_layer(target) for target in set(possible) - set(chosen)}
-    return sorted(
-        {_with_layer(target) if _within_layer(target) in left_out else _within_layer(target) for target in chosen}
-    )
+    found = set()
+    for target in chosen:
+        short = _within_layer(target)
+        found.add(_with_layer(target) if any(_ends(other, short) for other in left_out) else short)
+    return sorted(found)
+
+
+def _ends(path: str, end: str) -> bool:
+    return f".{path}".endswith(f".{end}")
 
 
 def _with_layer(target: str) -> str:
-    match = re.search(r"layers\.\d+\..+", target)
-    assert match is not None, "targets are in decoder layers"
+    match = re.search(r"\w+\.\d+\..+", target)
+    assert match is not None, "targets are in layers"
     return match[0]
 
 
@@ -272,7 +295,8 @@ def _patterns(targets: Sequence[_Target], default: Size) -> dict[str, Size]:
     for target in targets:
         if target.size != default:
             short = _within_layer(target.name)
-            name = short if len(found[short]) == 1 else _with_layer(target.name)
+            meant = {size for other, sizes in found.items() if _ends(other, short) for size in sizes}
+            name = short if len(meant) == 1 else _with_layer(target.name)
             names.setdefault(target.size, set()).add(re.escape(name))
     return {"|".join(sorted(group)): size for size, group in names.items()}
 
@@ -310,11 +334,12 @@ class _Found(NamedTuple):
 
 
 def _parse(settings: PeftSettings, stored: _Tensors, model: FoundationModel) -> tuple[list[_Found], _Tensors]:
-    """Return the LoRA and the routers' weights that the files hold. Raises: ModelError at the first foreign tensor."""
+    """Return the LoRA, and the routers' weights and the head. Raises: ModelError at the first foreign tensor."""
     paths = _Paths.of(model)
     linears = {f"{_PREFIX}{name}": path for path, name in {**paths.modules, **paths.parameters}.items()}
     experts = {f"{_PREFIX}{paths.experts[f'layers.{block.layer}.experts']}": block for block in model.blocks}
     routers = {f"{_PREFIX}{name}.weight": f"{path}.weight" for path, name in paths.routers.items()}
+    heads = {_head_key(name, model): name for name in head_parameters(model)}
     loras: list[_Found] = []
     result: _Tensors = {}
     for key in sorted(stored):
@@ -322,10 +347,12 @@ def _parse(settings: PeftSettings, stored: _Tensors, model: FoundationModel) -> 
         module = stem.removesuffix(".base_layer")
         if key in routers:
             result[routers[key]] = stored[key].float()
+        elif key in heads:
+            result[heads[key]] = stored[key].float()
         elif key.startswith(tuple(router.removesuffix("weight") for router in routers)):
             _check_unchanged(key, stored[key], model)
         elif factor not in _OTHER_FACTOR or not (stem in linears or module in experts):
-            raise ModelError(_foreign(key, [*linears, *experts, *routers], model))
+            raise ModelError(_foreign(key, [*linears, *experts, *routers, *heads], model))
         elif f"{stem}.{_OTHER_FACTOR[factor]}.weight" not in stored:
             raise ModelError(f"{key!r} has no {_OTHER_FACTOR[factor]} beside it; the adapter is damaged")
         elif factor == "lora_A":
@@ -353,7 +380,7 @@ def _foreign(key: str, known: Sequence[str], model: FoundationModel) -> str:
         )
     return (
         f"tensor {key!r} has no place in this {model.family.model_type} model; adapters are LoRA on attention, "
-        f"experts and MLPs, and trained routers{closest(key.partition('.lora_')[0], known)}"
+        f"experts and MLPs, trained routers and heads{closest(key.partition('.lora_')[0], known)}"
     )
 
 

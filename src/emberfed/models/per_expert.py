@@ -9,13 +9,10 @@ expert hidden, R rank, E experts, U experts that got rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import final
-
 import torch
 
 from emberfed.models.expert_layer import Gradients, Kept, Layer, Nothing
-from emberfed.models.low_rank import INPUT_SIDE, OUTPUT_SIDE, Factors, sparse_over_experts
+from emberfed.models.low_rank import INPUT_SIDE, OUTPUT_SIDE, FactorGradients
 from emberfed.models.matmul import times
 
 
@@ -39,35 +36,6 @@ def forward(layer: Layer, hidden_TD: torch.Tensor, gates_TK: torch.Tensor, keep:
         keep.put(rows, pre_N2F, low)
         out_TD.index_add_(0, token_N, y_ND.mul_(gates_P[dispatch.pair_S[rows]].unsqueeze(1)))
     return out_TD
-
-
-@final
-class FactorGradients:
-    """Gradients of the factors, with rows for the experts that got tokens and no others."""
-
-    def __init__(self, lora: Mapping[str, Factors], used: Iterable[int], device: torch.device) -> None:
-        """Make room for the factors that are trained."""
-        self._used_U = torch.tensor(list(used), dtype=torch.int64, device=device)
-        self._values = {
-            (matrix, side): factor.new_empty(len(self._used_U), *factor.shape[1:])
-            for matrix, factors in lora.items()
-            for side, factor in (("A", factors.a_ERI), ("B", factors.b_EOR))
-            if factor.requires_grad
-        }
-
-    def put(self, matrix: str, side: str, row: int, left_NX: torch.Tensor, right_NY: torch.Tensor) -> None:
-        """Write left' right as the gradient of one factor of the expert in that row."""
-        values = self._values.get((matrix, side))
-        if values is None:
-            return
-        if values.dtype == left_NX.dtype:
-            torch.mm(left_NX.t(), right_NY, out=values[row])
-        else:
-            values[row] = left_NX.t() @ right_NY
-
-    def stacked(self, num_experts: int) -> dict[tuple[str, str], torch.Tensor]:
-        """Return the gradients of the stacked factors, sparse over experts."""
-        return {key: sparse_over_experts(values, self._used_U, num_experts) for key, values in self._values.items()}
 
 
 def backward(

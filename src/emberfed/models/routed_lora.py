@@ -100,14 +100,15 @@ def compute_dtype(experts: ExpertsModule, hidden_states: torch.Tensor) -> torch.
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else held
 
 
+def has_grouped_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch has grouped matrix products for this device and type that are worth using."""
+    on_cuda = device.type == "cuda" and dtype in _HALF
+    return on_cuda and torch.cuda.get_device_capability(device) >= _GROUPED_CAPABILITY
+
+
 def _way(experts: ExpertsModule, device: torch.device, dtype: torch.dtype) -> Way:
     """Return the module whose `forward` and `backward` to use."""
-    in_groups = (
-        device.type == "cuda"
-        and dtype in _HALF
-        and not isinstance(experts.gate_up_proj, QuantisedWeight)
-        and torch.cuda.get_device_capability(device) >= _GROUPED_CAPABILITY
-    )
+    in_groups = not isinstance(experts.gate_up_proj, QuantisedWeight) and has_grouped_products(device, dtype)
     return grouped if in_groups else per_expert
 
 

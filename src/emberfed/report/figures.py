@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from emberfed import metrics
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 from emberfed.report.markup import Html, tag
 from emberfed.report.plotting import (
@@ -26,17 +28,23 @@ from emberfed.report.plotting import (
     line_legend,
     shorten,
 )
-from emberfed.report.reading import ClientRound, Evaluation, RunFolder
+from emberfed.report.reading import ClientRound, Evaluation, PersonalSummary, RunFolder
 from emberfed.report.views import (
     TierView,
     clients_at,
     evaluated_tiers,
     evaluations_at,
+    headlines_of,
+    in_words,
     largest,
     natural_order,
+    personal_by_client,
     run_labels,
+    shared_tiers,
+    tier_of,
     tiers_of,
     total,
+    what_tells_apart,
 )
 
 _MOST_ROWS_NAMED = 60
@@ -47,28 +55,42 @@ _LEAST_SPAN = 0.08
 
 
 def quality(run: RunFolder, identifier: str) -> Html:
-    """ROUGE-L and loss by tier over rounds."""
+    """The headline metric and the loss by tier over rounds."""
     tiers = evaluated_tiers(run)
     by_tier = {tier.series: evaluations_at(run, tier) for tier in tiers}
     panels = {
-        "ROUGE-L (higher is better)": _rounds_panel("ROUGE-L", by_tier, lambda line: line.rouge_l),
-        "Response loss, nats per token (lower is better)": _rounds_panel("Loss", by_tier, lambda line: line.loss),
+        f"{metric.full_heading}{f', {metric.unit}' if metric.unit else ''} ({metric.direction})": _rounds_panel(
+            metric.heading, by_tier, _scores(metric)
+        )
+        for metric in (run.headline, metrics.loss_beside(run.headline))
     }
-    return figure(identifier, "Quality of the global model at each tier’s K, by round.", line_legend(by_tier), panels)
+    caption = f"Quality of the global model at each tier’s {what_tells_apart(tiers)}, by round."
+    return figure(identifier, caption, line_legend(by_tier), panels)
+
+
+def _scores(metric: Metric) -> Callable[[Evaluation], float]:
+    return lambda line: line.of(metric)
 
 
 def comparison(runs: Sequence[RunFolder], identifier: str) -> Html:
-    """ROUGE-L of several runs over rounds, a panel for each number of active experts."""
+    """The headline metric of several runs over rounds, a panel for each metric and tier."""
     series = [Series(label, number) for number, label in enumerate(run_labels(runs))]
-    by_tier: dict[tuple[int, str | None], dict[Series, list[Evaluation]]] = {}
-    for one, run in zip(series, runs, strict=True):
-        for tier in evaluated_tiers(run):
-            by_tier.setdefault((tier.top_k, tier.name), {})[one] = evaluations_at(run, tier)
-    panels = {
-        TierView(name, top_k, 0).label: _rounds_panel("ROUGE-L", by_tier[top_k, name], lambda line: line.rouge_l)
-        for top_k, name in sorted(by_tier, key=lambda key: key[0])
-    }
-    return figure(identifier, "ROUGE-L of every run at each tier’s K, by round.", line_legend(series), panels)
+    headlines = headlines_of(runs)
+    panels = {}
+    for metric in headlines:
+        measured = [(one, run) for one, run in zip(series, runs, strict=True) if run.headline == metric]
+        for key, label in shared_tiers([run for _, run in measured]).items():
+            lines = {
+                one: evaluations_at(run, tier)
+                for one, run in measured
+                for tier in evaluated_tiers(run)
+                if (tier.name, tier.top_k) == key
+            }
+            title = label if len(headlines) == 1 else f"{metric.heading}, {label}"
+            panels[title] = _rounds_panel(metric.heading, lines, _scores(metric))
+    tiers = [tier for run in runs for tier in evaluated_tiers(run)]
+    caption = f"{in_words(headlines)} of every run at each tier’s {what_tells_apart(tiers)}, by round."
+    return figure(identifier, caption, line_legend(series), panels)
 
 
 def _rounds_panel(
@@ -102,7 +124,9 @@ def training_losses(run: RunFolder, identifier: str) -> Html:
     margin = 0.05 * (high - low) or 0.1
     last = max((line.round for lines in by_tier.values() for line in lines), default=1)
     panels = {
-        tier.label: _losses_panel(tier, lines, (low - margin, high + margin), last)
+        tier.label: _losses_panel(
+            tier, lines, (low - margin, high + margin), last, metrics.loss_beside(run.headline).unit
+        )
         for tier, lines in by_tier.items()
         if lines
     }
@@ -112,7 +136,9 @@ def training_losses(run: RunFolder, identifier: str) -> Html:
     return figure(identifier, caption, (), panels)
 
 
-def _losses_panel(tier: TierView, lines: Sequence[ClientRound], limits: tuple[float, float], last: int) -> Panel:
+def _losses_panel(
+    tier: TierView, lines: Sequence[ClientRound], limits: tuple[float, float], last: int, unit: str
+) -> Panel:
     rounds = sorted({line.round for line in lines})
     means = [_mean_loss([line for line in lines if line.round == number]) for number in rounds]
 
@@ -131,7 +157,7 @@ def _losses_panel(tier: TierView, lines: Sequence[ClientRound], limits: tuple[fl
         axes.set_xlim(0, last)
         axes.set_ylim(*limits)
         axes.set_xlabel("rounds of training")
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel(f"loss, {unit}")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
 
     told = ", ".join(f"round {number}: {numbers.score(mean)}" for number, mean in zip(rounds, means, strict=True))
@@ -160,13 +186,17 @@ def activations(run: RunFolder, identifier: str, round_: int) -> Html:
     panels = {f"Layer {layer}": _heat_map(shares[layer], marked, names, peak, layer) for layer in range(layers)}
     experts = max(layer.shape[1] for layer in shares)
     caption = (
-        f"Share of a client’s activations per expert in round {round_}, after Figure 2 of the A³SMoE paper. Rows are "
-        f"clients, from the smallest budget to the largest. Equal use of {experts} experts would be "
+        f"Share of a client’s activations per expert{_whose(run)} in round {round_}, after Figure 2 of the A³SMoE "
+        f"paper. Rows are clients, from the smallest budget to the largest. Equal use of {experts} experts would be "
         f"{numbers.share(1 / experts)} each. Colour grows with the square root of the share."
     )
     scale = inline_svg(_colour_scale(peak, 1 / experts), f"{identifier}-scale")
     present = area_legend(tier.series for tier in tiers if tier in marked)
     return figure(identifier, caption, [*present, tag("li", scale, class_="scale")], panels)
+
+
+def _whose(run: RunFolder) -> str:
+    return " of the adapter" if run.info.experts == "adapter" else ""
 
 
 def _shares_by_client(lines: Sequence[ClientRound], layer: int) -> np.ndarray:
@@ -239,44 +269,137 @@ def _rows_height(rows: int) -> float:
 
 
 def categories(run: RunFolder, identifier: str) -> Html:
-    """ROUGE-L by category before and after, a panel per tier."""
+    """The headline metric by category before and after, a panel per tier."""
+    metric = run.headline
     ends = {
         tier: (lines[0], lines[-1])
         for tier in evaluated_tiers(run)
         if (lines := [line for line in evaluations_at(run, tier) if line.categories])
     }
-    best = largest(score.rouge_l for pair in ends.values() for line in pair for score in line.categories.values())
-    limit = 1.06 * best if math.isfinite(best) and best > 0 else 1.0
-    panels = {tier.label: _categories_panel(tier, *pair, limit) for tier, pair in ends.items()}
-    caption = "ROUGE-L by category: the first evaluation (hollow) and the last (filled)."
+    best = largest(score.of(metric) for pair in ends.values() for line in pair for score in line.categories.values())
+    limit = _limit(best)
+    panels = {tier.label: _categories_panel(metric, tier, *pair, limit) for tier, pair in ends.items()}
+    caption = f"{metric.heading} by {metric.by}: the first evaluation (hollow) and the last (filled)."
     return figure(identifier, caption, (), panels)
 
 
-def _categories_panel(tier: TierView, first: Evaluation, last: Evaluation, limit: float) -> Panel:
+def _limit(best: float) -> float:
+    return 1.06 * best if math.isfinite(best) and best > 0 else 1.0
+
+
+def _categories_panel(metric: Metric, tier: TierView, first: Evaluation, last: Evaluation, limit: float) -> Panel:
     names = sorted(last.categories, key=lambda name: -(last.categories[name].examples or 0))[:_MOST_CATEGORIES]
     names.sort(key=natural_order)
-    after = [last.categories[name].rouge_l for name in names]
-    before = [first.categories[name].rouge_l if name in first.categories else math.nan for name in names]
+    after = [last.categories[name].of(metric) for name in names]
+    before = [first.categories[name].of(metric) if name in first.categories else math.nan for name in names]
 
     def draw(axes: Axes) -> None:
-        colour, rows = tier.series.colour, range(len(names))
-        axes.hlines(rows, before, after, color=colour, linewidth=2, alpha=0.55)
-        axes.plot(before, rows, "o", markerfacecolor=PAPER, markeredgecolor=colour, markeredgewidth=1.4)
-        axes.plot(after, rows, "o", color=colour, markersize=6)
-        axes.set_xlabel("ROUGE-L")
+        _draw_changes(axes, names, {tier.series: range(len(names))}, before, after)
+        axes.set_xlabel(metric.heading)
         axes.set_xlim(-0.03 * limit, limit)
-        _name_rows(axes, names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
 
-    told = "; ".join(
+    told = _told_changes(names, before, after)
+    left_out = len(last.categories) - len(names)
+    note = f" {left_out} more are in the table." if left_out else ""
+    label = (
+        f"{metric.heading} by {metric.by} for {tier.label}, round {first.round} to round {last.round}: {told}.{note}"
+    )
+    return Panel(label, draw, height=_rows_height(len(names)) + 0.1)
+
+
+def _draw_changes(
+    axes: Axes,
+    names: Sequence[str],
+    rows: Mapping[Series, Sequence[int]],
+    before: Sequence[float],
+    after: Sequence[float],
+) -> None:
+    """Draw a row for each name, from before (hollow) to after (filled), in the colour of the series it is of."""
+    for series, places in rows.items():
+        first, last = [before[place] for place in places], [after[place] for place in places]
+        colour = series.colour
+        axes.hlines(places, first, last, color=colour, linewidth=2, alpha=0.55)
+        axes.plot(first, places, "o", markerfacecolor=PAPER, markeredgecolor=colour, markeredgewidth=1.4)
+        axes.plot(last, places, "o", color=colour, markersize=6)
+    _name_rows(axes, names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _told_changes(names: Sequence[str], before: Sequence[float], after: Sequence[float]) -> str:
+    return "; ".join(
         f"{name} {numbers.score(one)} to {numbers.score(two)}"
         for name, one, two in zip(names, before, after, strict=True)
     )
-    left_out = len(last.categories) - len(names)
-    note = f" {left_out} more categories are in the table." if left_out else ""
-    label = f"ROUGE-L by category for {tier.label}, round {first.round} to round {last.round}: {told}.{note}"
-    return Panel(label, draw, height=_rows_height(len(names)) + 0.1)
+
+
+def personal_over_rounds(run: RunFolder, identifier: str) -> Html:
+    """Mean and worst tenth of the clients' own models over rounds."""
+    heading = run.headline.heading
+    drawn = {f"{heading} ({run.headline.direction})": _personal_panel(heading, run.personal_summaries)}
+    caption = (
+        f"{heading} of each client’s own model on its own held-out examples, by round: over clients, the mean with one "
+        f"standard deviation to either side, and the mean of the worst tenth."
+    )
+    return figure(identifier, caption, line_legend((_MEAN, _WORST)), drawn)
+
+
+_MEAN, _WORST = Series("mean", 0), Series("worst tenth", 1)
+
+
+def _personal_panel(quantity: str, lines: Sequence[PersonalSummary]) -> Panel:
+    x = [line.round for line in lines]
+
+    def draw(axes: Axes) -> None:
+        low, high = [line.mean - line.spread for line in lines], [line.mean + line.spread for line in lines]
+        axes.fill_between(x, low, high, color=_MEAN.colour, alpha=0.16)
+        for series, values in (
+            (_MEAN, [line.mean for line in lines]),
+            (_WORST, [line.worst_decile for line in lines]),
+        ):
+            axes.plot(x, values, color=series.colour, marker=series.marker, markeredgewidth=0)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        axes.margins(y=0.12)
+
+    told = "; ".join(
+        f"round {line.round}: {numbers.score(line.mean)} ± {numbers.score(line.spread)}, "
+        f"worst tenth {numbers.score(line.worst_decile)}"
+        for line in lines
+    )
+    return Panel(f"Line chart of {quantity} of the clients’ own models by round. {told}.", draw)
+
+
+def personal_by_client_figure(run: RunFolder, identifier: str) -> Html:
+    """Every client's own model at its first evaluation and its last, the best first, coloured by tier."""
+    metric, found = run.headline, personal_by_client(run)
+    names = sorted(found, key=lambda name: _worst_last(found[name][1].of(metric)))
+    before = [found[name][0].of(metric) for name in names]
+    after = [found[name][1].of(metric) for name in names]
+    rows: dict[Series, list[int]] = {tier.series: [] for tier in tiers_of(run)}
+    for place, name in enumerate(names):
+        rows.setdefault(tier_of(run, found[name][1]).series, []).append(place)
+    rows = {series: places for series, places in rows.items() if places}
+
+    def draw(axes: Axes) -> None:
+        _draw_changes(axes, names, rows, before, after)
+        axes.set_xlabel(metric.heading)
+        # From nought: the share of examples that a client's model gets right is what is compared.
+        limit = _limit(largest([*before, *after]))
+        axes.set_xlim(-0.03 * limit, limit)
+
+    rounds = sorted({line.round for pair in found.values() for line in pair})
+    label = (
+        f"{metric.heading} of each client’s own model, round {rounds[0]} to round {rounds[-1]}, the best first: "
+        f"{_told_changes(names, before, after)}."
+    )
+    caption = f"{metric.heading} of each client’s own model: the first evaluation (hollow) and the last (filled)."
+    panel = Panel(label, draw, height=_rows_height(len(names)) + 0.1)
+    return figure(identifier, caption, area_legend(rows), {"Clients, the best first": panel})
+
+
+def _worst_last(value: float) -> float:
+    return math.inf if math.isnan(value) else -value
 
 
 def partition(run: RunFolder, identifier: str) -> Html:

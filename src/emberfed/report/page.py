@@ -68,8 +68,9 @@ def _several(runs: Sequence[RunFolder], labels: Sequence[str]) -> Html:
 def _run(run: RunFolder, identifier: str, heading: str) -> Html:
     parts = {
         "Quality": _quality(run, identifier),
+        **({"Clients’ own models": _personal(run, identifier)} if run.personal or run.personal_summaries else {}),
         "Local training": _training(run, identifier),
-        "Experts": _experts(run, identifier),
+        "Experts of the adapter" if run.info.experts == "adapter" else "Experts": _experts(run, identifier),
         "Data": _data(run, identifier),
         "Costs": _costs(run, identifier),
         "Failures and events": _failures(run),
@@ -110,6 +111,8 @@ def summary(run: RunFolder) -> str:
     sentences = [_what_ran(run), _progress(run), *(_quality_in_words(run, tier) for tier in evaluated_tiers(run))]
     if not run.evaluations:
         sentences.append("No evaluation has been recorded yet.")
+    if run.personal_summaries:
+        sentences.append(_personal_in_words(run))
     if run.rounds:
         sentences.append(_costs_in_words(run))
     return " ".join(sentence for sentence in sentences if sentence)
@@ -147,20 +150,31 @@ def _progress(run: RunFolder) -> str:
 
 
 def _quality_in_words(run: RunFolder, tier: TierView) -> str:
-    lines = evaluations_at(run, tier)
+    lines, metric = evaluations_at(run, tier), run.headline
     first, last = lines[0], lines[-1]
-    where = f"At {tier.budget}{f' ({tier.name})' if tier.name else ''} ROUGE-L"
+    named = f" ({tier.name})" if tier.name and tier.budget else ""
+    where = f"At {tier.short}{named} {metric.title}"
     if len(lines) == 1:
         when = "before training" if first.round == 0 else f"after round {first.round}"
-        return f"{where} is {numbers.score(first.rouge_l)} {when}."
-    before, after = numbers.score(first.rouge_l), numbers.score(last.rouge_l)
+        return f"{where} is {numbers.score(first.of(metric))} {when}."
+    before, after = numbers.score(first.of(metric)), numbers.score(last.of(metric))
     span = f"in {_plural(last.round - first.round, 'round')}"
     if before == after:
         return f"{where} stayed at {after} {span}."
     if numbers.MISSING in (before, after):
         return f"{where} went from {before} to {after} {span}."
-    verb = "rose" if last.rouge_l > first.rouge_l else "fell"
+    verb = "rose" if last.of(metric) > first.of(metric) else "fell"
     return f"{where} {verb} from {before} to {after} {span}."
+
+
+def _personal_in_words(run: RunFolder) -> str:
+    last = run.personal_summaries[-1]
+    when = "before training" if last.round == 0 else f"after round {last.round}"
+    return (
+        f"On their own held-out examples, the {_plural(last.clients, 'client')}’ own models have a mean "
+        f"{run.headline.title} of {numbers.score(last.mean)} {when}, the worst tenth of them "
+        f"{numbers.score(last.worst_decile)}."
+    )
 
 
 def _costs_in_words(run: RunFolder) -> str:
@@ -192,7 +206,20 @@ def _quality(run: RunFolder, identifier: str) -> Html:
     if any(line.categories for line in run.evaluations):
         parts += [figures.categories(run, f"{identifier}-categories"), tables.categories(run)]
     else:
-        parts.append(_missing("The evaluations are not broken down by category."))
+        parts.append(_missing(f"The evaluations are not broken down by {run.headline.by}."))
+    return join(parts)
+
+
+def _personal(run: RunFolder, identifier: str) -> Html:
+    parts = []
+    if run.personal_summaries:
+        parts += [figures.personal_over_rounds(run, f"{identifier}-personal"), tables.personal(run)]
+    if run.personal:
+        parts += [
+            figures.personal_by_client_figure(run, f"{identifier}-personal-clients"),
+            tables.personal_by_tier(run),
+            details("Every client’s own model", tables.personal_by_client_table(run)),
+        ]
     return join(parts)
 
 
@@ -212,7 +239,7 @@ def _experts(run: RunFolder, identifier: str) -> Html:
     last = last_round_with_counts(run)
     if last is None:
         return _missing("No client has counted expert activations yet.")
-    return figures.activations(run, f"{identifier}-experts", last)
+    return join([figures.activations(run, f"{identifier}-experts", last), tables.routing(run)])
 
 
 def _data(run: RunFolder, identifier: str) -> Html:

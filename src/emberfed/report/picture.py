@@ -1,4 +1,4 @@
-"""One picture of a run for a README: ROUGE-L before and after at each tier, and the way there, on white."""
+"""One picture of a run for a README: its headline metric before and after at each tier, and the way there, on white."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from emberfed import storage
 from emberfed.errors import RunFolderError, StorageError
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 from emberfed.report.plotting import MARKERS, Axes, shorten
 from emberfed.report.reading import Evaluation, read_run
@@ -73,27 +74,28 @@ def write_picture(run: Path, output: Path) -> Path:
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04)
         figure = Figure(figsize=(10, 4), dpi=200, facecolor="white", layout=layout)
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1), sharey=True)
-        _draw_bars(left, lines)
-        _draw_curves(right, lines)
+        _draw_bars(left, lines, folder.headline)
+        _draw_curves(right, lines, folder.headline)
         figure.savefig(buffer, format=kind[1:], metadata=_METADATA[kind])
     storage.write(output, buffer.getvalue())
     return output
 
 
-def _draw_bars(axes: Axes, lines: Lines) -> None:
+def _draw_bars(axes: Axes, lines: Lines, metric: Metric) -> None:
     width = 0.38
     for place, (tier, points) in enumerate(lines.items()):
         ends = [(-width / 2 - 0.01, points[0], _BEFORE), (width / 2 + 0.01, points[-1], _colour(tier))]
         for offset, point, colour in ends if len(points) > 1 else [(0.0, points[0], _BEFORE)]:
-            height = 0.0 if math.isnan(point.rouge_l) else point.rouge_l
+            value = point.of(metric)
+            height = 0.0 if math.isnan(value) else value
             axes.bar(place + offset, height, width, color=colour)
-            text = numbers.score(point.rouge_l).removeprefix("0")
+            text = numbers.score(value).removeprefix("0")
             axes.annotate(text, (place + offset, height), (0, 3), textcoords="offset points", ha="center", fontsize=9)
-    names = [f"{shorten(tier.name, 12)}\n{tier.budget}" if tier.name else tier.budget for tier in lines]
+    names = [f"{shorten(tier.name, 12)}\n{tier.budget}".strip() if tier.name else tier.budget for tier in lines]
     axes.set_xticks(range(len(lines)), names)
     axes.tick_params(length=0)
     axes.grid(visible=True, axis="y")
-    axes.set_ylabel("ROUGE-L")
+    axes.set_ylabel(metric.heading)
     axes.margins(y=0.14)
     # Scores near nought must look like it.
     axes.set_ylim(0, max(axes.get_ylim()[1], 0.1))
@@ -108,18 +110,23 @@ def _when(lines: Lines) -> str:
     return f"{first.capitalize()} (grey) and after round {rounds[-1]}"
 
 
-def _draw_curves(axes: Axes, lines: Lines) -> None:
+def _draw_curves(axes: Axes, lines: Lines, metric: Metric) -> None:
     for tier, points in lines.items():
-        x, y = [point.round for point in points], [point.rouge_l for point in points]
+        x, y = [point.round for point in points], [point.of(metric) for point in points]
         colour, marker = _colour(tier), MARKERS[tier.series.shape]
         axes.plot(x, y, color=colour, marker=marker, linewidth=2.2, markersize=6, clip_on=False)
     last = max(point.round for points in lines.values() for point in points)
-    heights = _spread([points[-1].rouge_l for points in lines.values()], gap=0.055 * axes.get_ylim()[1])
+    heights = _spread([points[-1].of(metric) for points in lines.values()], gap=0.055 * axes.get_ylim()[1])
     for (tier, points), height in zip(lines.items(), heights, strict=True):
         if not math.isnan(height):
             across = points[-1].round if len(points) > 1 else last
             axes.annotate(
-                tier.budget, (across, height), (10, 0), textcoords="offset points", va="center", color=_colour(tier)
+                shorten(tier.short, 12),
+                (across, height),
+                (10, 0),
+                textcoords="offset points",
+                va="center",
+                color=_colour(tier),
             )
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.tick_params(length=0)

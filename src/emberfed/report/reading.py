@@ -10,11 +10,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, final
+from typing import Annotated, Any, Literal, TypeVar, final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from emberfed import metrics
 from emberfed.errors import ConfigError, RunFolderError
+from emberfed.metrics import Metric
 from emberfed.sections import parse_yaml
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -27,28 +29,60 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-@final
-class CategoryScore(_Record):
-    """Quality on the examples of one category."""
+class _Scored(_Record):
+    """Quality on some examples; which figures there are depends on the task."""
 
     rouge_l: Number = math.nan
-    loss: Number = math.nan
-    examples: int | None = None
-
-
-@final
-class Evaluation(_Record):
-    """The global model after `round` rounds, evaluated with `top_k` active experts."""
-
-    round: int
-    top_k: int
-    tier: str | None = None
-    rouge_l: Number = math.nan
+    accuracy: Number = math.nan
     loss: Number = math.nan
     perplexity: Number = math.nan
     examples: int | None = None
+
+    def of(self, metric: Metric) -> float:
+        """Return the figure of a metric, NaN if it was not recorded."""
+        return float(getattr(self, metric.key))
+
+
+@final
+class CategoryScore(_Scored):
+    """Quality on the examples of one category."""
+
+
+@final
+class Evaluation(_Scored):
+    """The global model after `round` rounds, evaluated with `top_k` active experts.
+
+    `adapter_top_k`: how many experts of its sparse adapter were active; None without one.
+    """
+
+    round: int
+    top_k: int
+    adapter_top_k: int | None = None
+    tier: str | None = None
     categories: dict[str, CategoryScore] = {}
     seconds: Number = math.nan
+
+
+@final
+class Personal(_Scored):
+    """One client's own model after `round` rounds, on the client's own held-out examples."""
+
+    round: int
+    client: str
+    top_k: int
+    tier: str | None = None
+
+
+@final
+class PersonalSummary(_Record):
+    """The clients' own models after `round` rounds: the headline metric's mean, worst tenth and standard deviation."""
+
+    round: int
+    clients: int
+    mean: Number = math.nan
+    worst_decile: Number = math.nan
+    spread: Number = math.nan
+    loss_mean: Number = math.nan
 
 
 @final
@@ -125,10 +159,11 @@ class Event(_Record):
 
 @final
 class Tier(_Record):
-    """A budget: clients of this tier activate `top_k` experts per token."""
+    """A budget: clients of this tier activate `top_k` experts per token, `adapter_top_k` of those of an adapter."""
 
     name: str
     top_k: int
+    adapter_top_k: int | None = None
     share: Number = math.nan
 
 
@@ -155,9 +190,14 @@ class Model(_Record):
 
 @final
 class RunInfo(_Record):
-    """`run.json`: what ran, on what."""
+    """`run.json`: what ran, on what.
+
+    `metric` is the headline, `experts` whose experts the clients' activation counts are of.
+    """
 
     name: str = ""
+    metric: metrics.Headline = "rouge_l"
+    experts: Literal["model", "adapter"] = "model"
     emberfed_version: str = ""
     created: str = ""
     method: Method = Method()
@@ -185,11 +225,18 @@ class RunFolder:
     config: str
     planned_rounds: int | None
     evaluations: tuple[Evaluation, ...]
+    personal: tuple[Personal, ...]
+    personal_summaries: tuple[PersonalSummary, ...]
     rounds: tuple[Round, ...]
     clients: tuple[ClientRound, ...]
     partition: Partition
     events: tuple[Event, ...]
     notices: tuple[str, ...]
+
+    @property
+    def headline(self) -> Metric:
+        """The figure that the run is judged by."""
+        return metrics.headline(self.info.metric)
 
 
 R = TypeVar("R", bound=_Record)
@@ -207,10 +254,12 @@ def read_run(path: Path) -> RunFolder:
     if not any((path / name).is_file() for name in _FILES[:3]):
         raise RunFolderError(f"{path} is not a run folder: expected one of {', '.join(_FILES[:3])} in it")
     reader = _Reader(path)
-    metrics = reader.lines("metrics.jsonl")
+    lines = reader.lines("metrics.jsonl")
     config = reader.text("config.yaml") or ""
-    evaluations = reader.records(Evaluation, (line for line in metrics if line.value.get("event") == "evaluation"))
-    rounds = reader.records(Round, (line for line in metrics if line.value.get("event") == "round"))
+    evaluations = reader.records(Evaluation, _of(lines, "evaluation"))
+    personal = reader.records(Personal, _of(lines, "personal"))
+    summaries = reader.records(PersonalSummary, _of(lines, "personal_summary"))
+    rounds = reader.records(Round, _of(lines, "round"))
     clients = reader.records(ClientRound, reader.lines("clients.jsonl"))
     info = reader.document(RunInfo, "run.json")
     partition = reader.document(Partition, "partition.json")
@@ -223,6 +272,8 @@ def read_run(path: Path) -> RunFolder:
         planned_rounds,
         # A round that was run again after a resume is written again: the later line holds.
         tuple({(line.round, line.tier, line.top_k): line for line in evaluations}.values()),
+        tuple({(line.round, line.client): line for line in personal}.values()),
+        tuple(sorted({line.round: line for line in summaries}.values(), key=lambda line: line.round)),
         tuple(sorted({line.round: line for line in rounds}.values(), key=lambda line: line.round)),
         tuple({(line.round, line.client): line for line in clients}.values()),
         partition,
@@ -236,6 +287,10 @@ def read_run(path: Path) -> RunFolder:
 class _Line:
     where: str
     value: Mapping[str, Any]
+
+
+def _of(lines: Iterable[_Line], event: str) -> Iterable[_Line]:
+    return (line for line in lines if line.value.get("event") == event)
 
 
 @final

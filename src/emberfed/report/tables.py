@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from emberfed import metrics
+from emberfed.metrics import Metric
 from emberfed.report import numbers
 from emberfed.report.markup import Html, table
 from emberfed.report.reading import ClientRound, Evaluation, RunFolder
 from emberfed.report.views import (
     TierView,
     clients_at,
+    coefficient_of_variation,
     evaluated_tiers,
     evaluations_at,
+    headlines_of,
     largest,
     mean,
     natural_order,
+    personal_by_client,
     ratio,
     run_labels,
+    shared_tiers,
+    smallest,
+    summed_counts,
+    tier_of,
     tiers_of,
     total,
 )
 
 _MOST_ROUNDS = 12
-_METRICS: Mapping[str, Callable[[Evaluation], float]] = {
-    "ROUGE-L": lambda line: line.rouge_l,
-    "Loss": lambda line: line.loss,
-    "Perplexity": lambda line: line.perplexity,
-}
 
 
 def quality(run: RunFolder) -> Html:
@@ -39,19 +43,17 @@ def quality(run: RunFolder) -> Html:
     shown, note = _some(rounds)
     headers = ["Metric", "Tier", *(_after(number) for number in shown), "Change", "Examples"]
     rows = [
-        [metric, tier.label, *_over_rounds(evaluations_at(run, tier), shown, value)]
-        for metric, value in _METRICS.items()
+        [metric.heading, tier.label, *_over_rounds(evaluations_at(run, tier), shown, metric)]
+        for metric in metrics.recorded_with(run.headline)
         for tier in tiers
     ]
     return table(f"Quality of the global model by tier and round{note}", headers, rows, words=2)
 
 
-def _over_rounds(
-    lines: Sequence[Evaluation], rounds: Sequence[int], value: Callable[[Evaluation], float]
-) -> Iterator[str]:
-    values = {line.round: value(line) for line in lines}
+def _over_rounds(lines: Sequence[Evaluation], rounds: Sequence[int], metric: Metric) -> Iterator[str]:
+    values = {line.round: line.of(metric) for line in lines}
     yield from (numbers.score(values.get(number, math.nan)) for number in rounds)
-    yield numbers.change(value(lines[0]), value(lines[-1])) if len(lines) > 1 else numbers.MISSING
+    yield numbers.change(lines[0].of(metric), lines[-1].of(metric)) if len(lines) > 1 else numbers.MISSING
     yield numbers.count(lines[-1].examples)
 
 
@@ -68,16 +70,16 @@ def _after(number: int) -> str:
 
 
 def categories(run: RunFolder) -> Html:
-    """ROUGE-L by category, first to last evaluation, a column per tier."""
+    """The headline metric by category, first to last evaluation, a column per tier."""
     ends = {tier: _first_and_last(run, tier) for tier in evaluated_tiers(run)}
     ends = {tier: pair for tier, pair in ends.items() if pair}
     names = sorted({name for pair in ends.values() for line in pair for name in line.categories}, key=natural_order)
-    headers = ["Category", "Examples", *(tier.label for tier in ends)]
+    headers = [run.headline.by.capitalize(), "Examples", *(tier.label for tier in ends)]
     rows = []
     for name in names:
         known = [line.categories[name].examples for pair in ends.values() for line in pair if name in line.categories]
-        rows.append([name, numbers.count(known[-1]), *(_from_to(name, *pair) for pair in ends.values())])
-    return table("ROUGE-L by category, from the first evaluation to the last", headers, rows)
+        rows.append([name, numbers.count(known[-1]), *(_from_to(run.headline, name, *pair) for pair in ends.values())])
+    return table(f"{run.headline.heading} by {run.headline.by}, from the first evaluation to the last", headers, rows)
 
 
 def _first_and_last(run: RunFolder, tier: TierView) -> tuple[Evaluation, ...]:
@@ -85,12 +87,79 @@ def _first_and_last(run: RunFolder, tier: TierView) -> tuple[Evaluation, ...]:
     return (lines[0], lines[-1]) if lines else ()
 
 
-def _from_to(name: str, first: Evaluation, last: Evaluation) -> str:
+def _from_to(metric: Metric, name: str, first: Evaluation, last: Evaluation) -> str:
     before, after = (
-        numbers.score(line.categories[name].rouge_l) if name in line.categories else numbers.MISSING
+        numbers.score(line.categories[name].of(metric)) if name in line.categories else numbers.MISSING
         for line in (first, last)
     )
     return f"{before} → {after}"
+
+
+def personal(run: RunFolder) -> Html:
+    """The clients' own models after every round they were evaluated after."""
+    title = run.headline.title
+    headers = ["", "Clients", f"Mean {title}", "Worst tenth", "Standard deviation", "Mean loss"]
+    rows = [
+        [
+            _after(line.round),
+            numbers.count(line.clients),
+            *map(numbers.score, (line.mean, line.worst_decile, line.spread, line.loss_mean)),
+        ]
+        for line in run.personal_summaries
+    ]
+    return table("Clients’ own models, over clients", headers, rows)
+
+
+def personal_by_tier(run: RunFolder) -> Html:
+    """The clients' own models by tier, first evaluation to last."""
+    metric = run.headline
+    by_tier: dict[TierView, list[tuple[float, float]]] = {tier: [] for tier in tiers_of(run)}
+    for first, last in personal_by_client(run).values():
+        by_tier.setdefault(tier_of(run, last), []).append((first.of(metric), last.of(metric)))
+    rows = [
+        [
+            tier.label,
+            numbers.count(len(values)),
+            *(f"{numbers.score(pick(before))} → {numbers.score(pick(after))}" for pick in (mean, smallest, largest)),
+        ]
+        for tier, values in by_tier.items()
+        if values
+        for before, after in [zip(*values, strict=True)]
+    ]
+    headers = ["Tier", "Clients", f"Mean {metric.title}", "Worst client", "Best client"]
+    return table("Clients’ own models by tier, from the first evaluation to the last", headers, rows)
+
+
+def personal_by_client_table(run: RunFolder) -> Html:
+    """Every client's own model, first evaluation to last."""
+    shown = (run.headline, metrics.loss_beside(run.headline))
+    rows = [
+        [
+            client,
+            tier_of(run, last).label,
+            numbers.count(last.examples),
+            *(f"{numbers.score(first.of(metric))} → {numbers.score(last.of(metric))}" for metric in shown),
+        ]
+        for client, (first, last) in personal_by_client(run).items()
+    ]
+    headers = ["Client", "Tier", "Examples", *(metric.heading for metric in shown)]
+    return table("Clients’ own models, from the first evaluation to the last", headers, rows, words=2)
+
+
+def routing(run: RunFolder) -> Html:
+    """How evenly the experts were used in every round, all clients together."""
+    headers = ["Round", "Experts", "Never used", "Coefficient of variation, mean of layers", "Most uneven layer"]
+    found = {line.round for line in run.clients if line.activation_counts}
+    shown, note = _some(sorted(found))
+    rows = []
+    for number in shown:
+        layers = [layer for layer in summed_counts(run, number) if layer]
+        uneven = [coefficient_of_variation(layer) for layer in layers]
+        experts = [count for layer in layers for count in layer]
+        never = sum(count == 0 for count in experts)
+        figures = (numbers.count(len(experts)), numbers.count(never), mean(uneven), largest(uneven))
+        rows.append([f"{number}", *figures[:2], *map(numbers.score, figures[2:])])
+    return table(f"Use of experts by round, all clients together{note}", headers, rows)
 
 
 def rounds(run: RunFolder) -> Html:
@@ -233,9 +302,14 @@ def events(run: RunFolder, most: int) -> Html:
 
 def comparison(runs: Sequence[RunFolder]) -> Html:
     """One row per run: what ran, where quality ended at each tier, and what it cost."""
-    tiers = sorted({(tier.top_k, tier.name or "") for run in runs for tier in evaluated_tiers(run)})
-    labels = [TierView(name or None, top_k, 0).label for top_k, name in tiers]
-    headers = ["Run", "Method", "Seed", "Rounds", *(f"ROUGE-L, {label}" for label in labels)]
+    headlines = headlines_of(runs)
+    tiers = {
+        (metric, *key): label
+        for metric in headlines
+        for key, label in shared_tiers([run for run in runs if run.headline == metric]).items()
+    }
+    scores = [f"{metric.heading}, {label}" for (metric, _, _), label in tiers.items()]
+    headers = ["Run", "Method", "Seed", "Rounds", *scores]
     headers += ["Computation", "Received by clients", "Sent by clients", "Time"]
     rows = [
         [
@@ -243,7 +317,7 @@ def comparison(runs: Sequence[RunFolder]) -> Html:
             run.info.method.title or run.info.method.name,
             numbers.MISSING if run.info.seed is None else f"{run.info.seed}",
             numbers.count(len(run.rounds)),
-            *(_last_quality(run, top_k, name) for top_k, name in tiers),
+            *(_last_quality(run, metric, name, top_k) for metric, name, top_k in tiers),
             numbers.flops(total(line.flops for line in run.rounds)),
             numbers.byte_size(total(line.bytes_down for line in run.rounds)),
             numbers.byte_size(total(line.bytes_up for line in run.rounds)),
@@ -251,15 +325,18 @@ def comparison(runs: Sequence[RunFolder]) -> Html:
         ]
         for label, run in zip(run_labels(runs), runs, strict=True)
     ]
-    return table("Runs side by side: last ROUGE-L and its change", headers, rows, words=2)
+    told = " or ".join(metric.title for metric in headlines)
+    return table(f"Runs side by side: last {told} and its change", headers, rows, words=2)
 
 
-def _last_quality(run: RunFolder, top_k: int, name: str) -> str:
+def _last_quality(run: RunFolder, metric: Metric, name: str | None, top_k: int) -> str:
     for tier in evaluated_tiers(run):
-        if (tier.top_k, tier.name or "") == (top_k, name):
+        if run.headline == metric and (tier.name, tier.top_k) == (name, top_k):
             lines = evaluations_at(run, tier)
-            last = numbers.score(lines[-1].rouge_l)
-            return f"{last} ({numbers.change(lines[0].rouge_l, lines[-1].rouge_l)})" if len(lines) > 1 else last
+            before, after = lines[0].of(metric), lines[-1].of(metric)
+            return (
+                f"{numbers.score(after)} ({numbers.change(before, after)})" if len(lines) > 1 else numbers.score(after)
+            )
     return numbers.MISSING
 
 

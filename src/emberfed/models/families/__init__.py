@@ -6,18 +6,77 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import nn
 
 from emberfed.errors import ModelError, closest
 
-GROUPED_QUERY_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+Task = Literal["generation", "text_classification", "image_classification"]
+"""What a model of a family is for: the class of transformers it is loaded with, and what comes out of it."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AttentionLinears:
+    """The linear layers of an attention, by what they make. Each is a dotted path from the attention.
+
+    Layers that make one thing are applied one after the other, as far as they are there. Where queries, keys and
+    values are made by the same layers, they are parts of one output.
+
+    Attributes:
+        query: They make the queries.
+        key: They make the keys.
+        value: They make the values.
+        output: It mixes what the heads give.
+    """
+
+    query: tuple[str, ...] = ("q_proj",)
+    key: tuple[str, ...] = ("k_proj",)
+    value: tuple[str, ...] = ("v_proj",)
+    output: str = "o_proj"
+
+    @staticmethod
+    def fused(name: str, output: str) -> AttentionLinears:
+        """Return those of an attention in which one layer makes queries, keys and values."""
+        return AttentionLinears((name,), (name,), (name,), output)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every one of them once, in the order they are computed."""
+        return tuple(dict.fromkeys((*self.query, *self.key, *self.value, self.output)))
+
+
+GROUPED_QUERY_LINEARS = AttentionLinears()
 """Attention with a key and a value for each head or group of heads."""
 
-LATENT_LINEARS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+LATENT_LINEARS = AttentionLinears(
+    query=("q_proj", "q_a_proj", "q_b_proj"),
+    key=("kv_a_proj_with_mqa", "kv_b_proj"),
+    value=("kv_a_proj_with_mqa", "kv_b_proj"),
+)
 """Multi-head latent attention (https://arxiv.org/abs/2405.04434); queries are compressed (q_a, q_b) or not (q)."""
+
+ENCODER_LINEARS = AttentionLinears(("self.query",), ("self.key",), ("self.value",), "output.dense")
+"""Attention of BERT and its kin."""
+
+GATED_LINEARS = ("gate_proj", "up_proj", "down_proj")
+"""An MLP whose activations are multiplied by a second projection."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """How an image becomes positions. Its size is `image_size` in the config.
+
+    Attributes:
+        projection: From the model to the convolution that makes a position of each patch.
+        special_positions: Positions before the patches: the class token, and others.
+    """
+
+    projection: str
+    special_positions: int = 1
 
 
 @final
@@ -115,25 +174,48 @@ class Mixture:
 @final
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Where the parts of a causal language model are, in transformers' implementation of it.
+    """Where the parts of a model are, in transformers' implementation of it.
 
-    Paths are dotted attribute names. A decoder layer without router and experts is dense, also in a family with them.
+    Paths are dotted attribute names; an empty one stays where it is. A layer without router and experts is dense, also
+    in a family with them.
 
     Attributes:
         model_type: transformers' name of the model type; the file's name too.
-        layers: From the causal model to its list of decoder layers.
-        block: From a decoder layer to its MLP (gate_proj, up_proj and down_proj), or to its mixture of experts.
-        attention: From a decoder layer to its attention.
+        task: What its models are for.
+        layers: From the model to its list of layers.
+        block: From a layer to its MLP, or to its mixture of experts.
+        ffn: From a layer to the module whose first input is what the FFN computes from, and to the module whose output
+            is what is added to the residual stream; None: both are `block`.
+        attention: From a layer to its attention.
         attention_linears: Linear layers the attention may have; those that are there take LoRA.
+        mlp_linears: From an MLP to its linear layers, which take LoRA. The last one is applied to the product of what
+            the others give.
         mixture: Where the experts are; None for a dense family, which has none.
+        head: From the model to what makes logits of classes; None where it generates.
+        pooler: From the model to the frozen linear layer in front of the head, if there is one.
+        fresh: From the model to what else checkpoints may lack: like a head it is then drawn.
+        embeddings: From the model to its embeddings, where there are others than `get_input_embeddings` says.
+        image: How an image becomes positions; None where the input is text.
+        sizes: From the config to the part that says how large the layers are.
+        parallel_residual: The config's attribute that says whether attention and MLP read the same input, if any does.
     """
 
     model_type: str
+    task: Task = "generation"
     layers: str = "model.layers"
     block: str = "mlp"
+    ffn: tuple[str, str] | None = None
     attention: str = "self_attn"
-    attention_linears: tuple[str, ...] = GROUPED_QUERY_LINEARS
+    attention_linears: AttentionLinears = GROUPED_QUERY_LINEARS
+    mlp_linears: tuple[str, ...] = GATED_LINEARS
     mixture: Mixture | None = None
+    head: str | None = None
+    pooler: str | None = None
+    fresh: str | None = None
+    embeddings: tuple[str, ...] = ()
+    image: ImageInput | None = None
+    sizes: str = ""
+    parallel_residual: str | None = None
 
 
 class ModelTypeConfig(Protocol):
@@ -188,3 +270,23 @@ def _expert_facts(config: object, prefix: str = "") -> Mapping[str, int]:
         elif hasattr(value, "model_type"):
             facts.update(_expert_facts(value, f"{prefix}{name}."))
     return facts
+
+
+def part(module: Any, path: str) -> Any:
+    """Follow a dotted path from a module or config; None where it leads nowhere."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name, None)
+    return module
+
+
+def joined(*paths: str) -> str:
+    """Join dotted paths, of which some may be empty."""
+    return ".".join(path for path in paths if path)
+
+
+def misfit(family: Family, what: str) -> ModelError:
+    """Return the error for a model that is not built as its family's record says."""
+    return ModelError(
+        f"{what}: not a {family.model_type} model as emberfed/models/families/{family.model_type}.py describes it; "
+        f"the versions of transformers and emberfed may not go together"
+    )

@@ -1,0 +1,63 @@
+"""Image classification: a vision model with a head of its own for the classes of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import datasets
+
+from emberfed import metrics
+from emberfed.costs import Work
+from emberfed.data.config import ImageDataConfig
+from emberfed.data.corpus import Corpus
+from emberfed.data.images import ImageBatch, ImageShard, encode_images, load_images, load_preprocessing
+from emberfed.evaluation import EvaluationConfig, Score, Scores
+from emberfed.evaluation import classes as choosing
+from emberfed.models.config import ModelConfig
+from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.loading import load_model
+from emberfed.seeds import Seeds
+from emberfed.tasks import Pass, Progress, Task, classified
+
+
+@final
+class ImageClassification(Task):
+    """One class for each image."""
+
+    Config = ImageDataConfig
+    metric = metrics.CLASSIFICATION
+
+    def processor(self, config: ModelConfig) -> Any:
+        """Load how the model wants its images."""
+        return load_preprocessing(config)
+
+    def corpus(self, config: ImageDataConfig, seeds: Seeds) -> Corpus:
+        """Load images and their classes."""
+        return load_images(config, seeds)
+
+    def model(self, config: ModelConfig, processor: Any, classes: Sequence[str]) -> FoundationModel:
+        """Load the model with a head for these classes."""
+        return load_model(config, classes, "image_classification")
+
+    def shard(
+        self, records: datasets.Dataset, processor: Any, config: ImageDataConfig, classes: Sequence[str], where: str
+    ) -> ImageShard:
+        """Read images in the model's size."""
+        return encode_images(records, processor, classes, where)
+
+    def forward(self, model: FoundationModel, batch: ImageBatch, router_aux_loss_coef: float = 0.0) -> Pass:
+        """Return the cross-entropy of the classes."""
+        return classified(model, batch, self.work(model, batch))
+
+    def work(self, model: FoundationModel, batch: ImageBatch) -> Work:
+        """Count patches, pairs and logits; every image has as many."""
+        assert model.shape.image is not None, "a model of images"
+        images, length = len(batch.labels), model.shape.image.positions
+        return Work.of_batch(images, length, model.top_k, images)
+
+    def evaluate(
+        self, model: FoundationModel, processor: Any, shard: ImageShard, config: EvaluationConfig, progress: Progress
+    ) -> Scores[Score]:
+        """Return accuracy and loss."""
+        return choosing.evaluate(model, shard, config, progress)[0]
