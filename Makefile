@@ -47,7 +47,7 @@ pretrain: $(STAMP) ## make the built-in model again (about ten minutes on one co
 pretrain-dense: $(STAMP) ## make a small dense LLaMA on the built-in text (about six minutes on one free core)
 	$(BIN)/python -m emberfed.builtin.pretrain --dense --output models/world-llama
 
-pretrain-vision: $(STAMP) ## make the built-in vision model again (five to fifteen minutes on one core)
+pretrain-vision: $(STAMP) ## make the built-in vision model again (about four minutes on one core)
 	$(BIN)/python -m emberfed.builtin.pretrain_vision --output build/vision_model
 
 clean: ## remove the environment and what tools left behind

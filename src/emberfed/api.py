@@ -15,7 +15,7 @@ from emberfed.checkpoint import RunFolder, check_free
 from emberfed.config import RunConfig
 from emberfed.errors import ConfigError, RunFolderError
 from emberfed.models import merging, peft_layout, sparse_adapter_files
-from emberfed.models.loading import cpu_threads, load
+from emberfed.models.loading import cpu_threads
 from emberfed.records import Json
 from emberfed.report import write_report
 from emberfed.sections import override
@@ -229,12 +229,14 @@ def _write_merged(checked: RunConfig, folder: RunFolder, adapter: Path, target: 
     assembly.check_same_settings(folder, checked)
     unquantised = checked.model.model_copy(update={"expert_bits": None})
     with cpu_threads(checked.model.threads):
-        model, tokenizer = load(unquantised)
+        processor = checked.task.processor(unquantised)
+        classes = folder.read_object("run.json").get("classes", [])
+        model = checked.task.model(unquantised, processor, classes)
         # The numbers of a base that the run held in fewer bits are not those of the one it is merged with.
         assembly.check_same_model(folder, model, ignoring=() if checked.model.expert_bits is None else ("sha256",))
         tensors, alpha = peft_layout.from_peft(adapter, model)
         merging.merge_into(model, tensors, alpha)
-        merging.write_checkpoint(model, tokenizer, target)
+        merging.write_checkpoint(model, processor, target)
 
 
 def free_path(checked: RunConfig, source: str | Path | Mapping[str, Any] | None) -> Path:

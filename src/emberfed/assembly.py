@@ -326,6 +326,7 @@ def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json
         "versions": versions(),
         "hardware": hardware(),
         "metric": config.task.metric.key,
+        **({"classes": list(material.corpus.classes)} if material.corpus.classes else {}),
         "experts": config.method_type.experts,
         "model": {"path": config.model.path, **_identity(material.model)},
         "data": material.inspection.totals_json(),

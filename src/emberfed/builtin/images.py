@@ -141,12 +141,11 @@ def _pictures(
 
 
 def _drawn(count: int, figure: Figure, pattern: Pattern, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return uint8 (count, S, S, 3): a background, scraps on it, the figure in front, noise over all."""
+    """Return uint8 (count, S, S, 3): a background, a scrap on it, the figure in front, noise over all."""
     ground, first, second = _colours(count, rng)
     picture = ground[:, None, None, :] + _shading(count, rng)[..., None]
-    for _ in range(4):
-        picture = _with_scraps(picture, rng)
-    x, y, size = _placed(count, rng, 8.5, 12.5, 4.0)
+    picture = _with_scrap(picture, rng)
+    x, y, size = _placed(count, rng, 10.5, 13.5, 2.5)
     edge = figure(x, y)
     share = pattern(x, y, edge)[..., None]
     colour = (1 - share) * first[:, None, None, :] + share * second[:, None, None, :]
@@ -190,7 +189,7 @@ def _shading(count: int, rng: np.random.Generator) -> Grid:
     return np.float32(0.15) * np.sin(2 * x) * np.cos(y)
 
 
-def _with_scraps(picture: Grid, rng: np.random.Generator) -> Grid:
+def _with_scrap(picture: Grid, rng: np.random.Generator) -> Grid:
     """Put a small bar of any colour somewhere on each picture."""
     count = len(picture)
     x, y, size = _placed(count, rng, 2.0, 5.0, 16.0)

@@ -49,6 +49,10 @@ class Preprocessing:
         made = self.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.asarray(made, dtype=np.uint8)
 
+    def save_pretrained(self, folder: str) -> None:
+        """Write the processor's settings as transformers reads them."""
+        self.processor.save_pretrained(folder)
+
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return fitted pixels, uint8 (B, 3, H, W), as the model's input, float32 of the same shape."""
         return self.values[torch.arange(3)[:, None, None], pixels.long()]
