@@ -81,13 +81,43 @@ def test_a_rank_is_the_senders_choice_but_one_for_the_whole_upload() -> None:
     assert payload_problem(of_ranks(3, 4), asked) == "tensor 'b': ranks differ within the upload, found [3, 4]"
 
 
+def with_counts(counts: list[list[int]], **meta: Any) -> Payload:
+    return payload({ACTIVATION_COUNTS: torch.tensor(counts)}, **meta)
+
+
+COUNTED = {**SPECS, ACTIVATION_COUNTS: TensorSpec((2, 3), torch.int64)}
+"""Of 40 tokens, at K = 2 or an adapter's k, two layers of three experts have counts."""
+
+
 def test_counts_must_be_tokens_times_k() -> None:
-    specs = {**SPECS, ACTIVATION_COUNTS: TensorSpec((2, 2), torch.int64)}
-    asked = Asked(3, "c1", specs, 2)
-    honest = payload({ACTIVATION_COUNTS: torch.tensor([[80, 0], [39, 41]])})
-    assert payload_problem(honest, asked) is None
-    greedy = payload({ACTIVATION_COUNTS: torch.tensor([[80, 0], [39, 4100]])})
+    asked = Asked(3, "c1", COUNTED, 2)
+    assert payload_problem(with_counts([[40, 40, 0], [39, 10, 31]]), asked) is None
+    greedy = with_counts([[40, 40, 0], [39, 10, 4090]])
     assert payload_problem(greedy, asked) == "activation counts of a layer sum to 4139, tokens x top_k is 80"
+
+
+def test_no_expert_is_given_a_token_twice() -> None:
+    problem = payload_problem(with_counts([[41, 39, 0], [40, 40, 0]]), Asked(3, "c1", COUNTED, 2))
+    assert problem == "activation counts say that an expert was given 41 tokens, of 40 in all"
+
+
+def test_counts_of_an_adapter_are_tokens_times_its_own_k() -> None:
+    asked = Asked(3, "c1", COUNTED, 2, 1)
+    assert payload_problem(with_counts([[40, 0, 0], [9, 1, 30]], adapter_top_k=1), asked) is None
+    problem = payload_problem(with_counts([[40, 40, 0], [39, 10, 31]], adapter_top_k=1), asked)
+    assert problem == "activation counts of a layer sum to 80, tokens x adapter_top_k is 40"
+
+
+@pytest.mark.parametrize(
+    ("given", "sent", "words"),
+    [
+        (2, {"adapter_top_k": 3}, "'adapter_top_k' is 3, the client was given 2"),
+        (2, {}, "'adapter_top_k' is None, the client was given 2"),
+        (None, {"adapter_top_k": 1}, "'adapter_top_k' is 1, the client was given None"),
+    ],
+)
+def test_an_adapters_k_is_the_one_given(given: int | None, sent: dict[str, Any], words: str) -> None:
+    assert payload_problem(payload(**sent), Asked(3, "c1", SPECS, 2, given)) == words
 
 
 def test_strangers_repeats_and_garbage() -> None:

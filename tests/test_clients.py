@@ -61,6 +61,29 @@ def test_resolve_keeps_order_rank_and_every_k_up_to_the_experts() -> None:
     assert resolve(listed, 8, 64) == [Budget("b", 64, 12), Budget("a", 1, None)]
 
 
+@pytest.mark.parametrize(
+    ("keys", "top_k"),
+    [({"adapter_top_k": 3}, 8), ({"adapter_top_k": 3, "top_k": 2}, 2), ({"adapter_top_k": 3, "beta": 0.5}, 4)],
+)
+def test_a_tier_with_an_adapters_k_may_leave_the_models_own_to_the_checkpoint(keys: dict[str, Any], top_k: int) -> None:
+    assert resolve([Tier(name="t", share=1.0, **keys)], 8, 64) == [Budget("t", top_k, None, 3)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"adapter_top_k": 0}, "adapter_top_k"),
+        ({"adapter_top_k": 1.5}, "adapter_top_k"),
+        ({"adapter_top_k": 2, "top_k": 1, "beta": 0.5}, "exactly one of top_k and beta"),
+        ({"rank": 2}, "exactly one of top_k and beta"),
+    ],
+)
+def test_impossible_tiers_are_refused(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(Tier, {"name": "t", "share": 1.0, **keys}, "tier")
+    assert words in str(caught.value)
+
+
 def test_more_active_experts_than_there_are_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"tier 'big' has top_k 65, the model can send a token to 64 experts at most; choose 1 to 64"

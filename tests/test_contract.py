@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
-from builders import FAMILY_VARIANTS, save_tiny_family
-from federations import bits, config
+from builders import CLASSIFIER_VARIANTS, FAMILY_VARIANTS, save_tiny_family
+from federations import bits, config, dense, write_data
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 import emberfed
-from emberfed import assembly
+from emberfed import assembly, federated
 from emberfed.admission import Asked, payload_problem
-from emberfed.clients import Budget
+from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig, parse
 from emberfed.engine import engine_names
 from emberfed.errors import ConfigError
-from emberfed.method import Method, method_names
-from emberfed.models import lora
+from emberfed.method import Method, load_method, method_names
+from emberfed.methods.dense_adapter import DenseAdapterConfig
+from emberfed.methods.linear_probe import HeadConfig
+from emberfed.models import lora, sparse_adapter
 from emberfed.models.families import families, load_family
+from emberfed.models.head import is_head
+from emberfed.models.lora import LoraConfig
+from emberfed.models.sparse_adapter import SparseAdapterConfig
 from emberfed.records import ACTIVATION_COUNTS, Bundle, FitResult, Payload
+from emberfed.sections import Section
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer
 
-TINY: dict[str, Callable[[Path], Path]] = {name: partial(save_tiny_family, name) for name in FAMILY_VARIANTS}
-"""A tiny random model of each family, on disk."""
+TINY = (*FAMILY_VARIANTS, *CLASSIFIER_VARIANTS)
+"""Families of which there is a tiny random model."""
 
 OTHER_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "a3smoe": [
         {"frequency": "per_token", "temperature": 0.0},
         {"frequency": "per_activation", "gate": "renormalised"},
+    ],
+    "fft_moe": [
+        {"gate_aggregation": "fedavg", "balance": "none"},
+        {"weighting": "activation", "balance": "switch", "router_z_coef": 0.01},
     ],
     "flame": [{"rescale": "none"}, {"rescaler_start": "static", "frequency": "per_activation"}],
     "flexlora": [{"active_experts": "budget", "weighting": "activation"}, {"rank": 6}],
@@ -44,18 +61,98 @@ OTHER_OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which the contract must hold too, besides the defaults."""
 
-FEW_FAMILIES = ("deepseek_v3", "mixtral", "olmoe")
-"""Families on which other options than the defaults are tried: dense first layer, renormalising gate, plain gate."""
+FEW_FAMILIES: Mapping[type[Section], tuple[str, ...]] = {
+    LoraConfig: ("deepseek_v3", "olmoe"),
+    SparseAdapterConfig: ("olmoe", "vit"),
+}
+"""Families on which other options than the defaults are tried, by what is trained."""
 
-NEED_EXPERTS = {"a3smoe", "flame"}
-"""Methods that refuse dense models."""
+PLAIN: Mapping[str, Any] = {
+    "generation": AutoModelForCausalLM,
+    "text_classification": AutoModelForSequenceClassification,
+    "image_classification": AutoModelForImageClassification,
+}
+"""How transformers alone opens a checkpoint, by task."""
+
+
+class Attach(Protocol):
+    """Lets a model compute with an adapter, without going through any method."""
+
+    def __call__(self, setting: Setting, upload: Bundle, tensors: Mapping[str, torch.Tensor]) -> Context: ...
+
+
+Context = AbstractContextManager[Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is told apart by what a method trains.
+
+    Attributes:
+        zeros: How the names end of experts' tensors that are zero at first.
+        attach: Lets a model compute with what a client sent.
+        opened: Lets transformers' own model compute with the exported folder, without this package's.
+    """
+
+    zeros: str
+    attach: Attach
+    opened: Callable[[Any, Path], Context]
+
+
+def lora_attached(setting: Setting, upload: Bundle, tensors: Mapping[str, torch.Tensor]) -> Context:
+    model = setting.material.model
+    if "rescaler" in upload.tensors:
+        numbers = upload.tensors["rescaler"][:, None].unbind()
+        layers = setting.state.meta["sparse_layers"]
+        scales = {f"layers.{layer}.router.rescaler": s for layer, s in zip(layers, numbers, strict=True)}
+        tensors = {**tensors, **scales}
+    return lora.attached(model, tensors, setting.method.adapter.alpha)
+
+
+def beside_attached(setting: Setting, upload: Bundle, tensors: Mapping[str, torch.Tensor]) -> Context:
+    return sparse_adapter.attached(setting.material.model, tensors, upload.meta.get("adapter_top_k", 1))
+
+
+def opened_by_peft(plain: Any, folder: Path) -> Context:
+    return nullcontext(PeftModel.from_pretrained(plain, folder))
+
+
+@contextmanager
+def loaded(plain: Any, folder: Path) -> Iterator[Any]:
+    with emberfed.load_adapter(plain, folder):
+        yield plain
+
+
+BESIDE = Kind(".up_proj", beside_attached, loaded)
+KINDS: Mapping[type[Section], Kind] = {
+    LoraConfig: Kind(".lora_B", lora_attached, opened_by_peft),
+    SparseAdapterConfig: BESIDE,
+    DenseAdapterConfig: BESIDE,
+    HeadConfig: BESIDE,
+}
+
+EXPERTS = {"model": "experts", "adapter": "adapter.experts"}
+"""Where the tensors of the experts that a method counts are, by `Method.experts`."""
+
+
+def refusal(family: str, method: str) -> str | None:
+    """Return why a method refuses a family, if it does."""
+    if method in ("a3smoe", "flame") and load_family(family).mixture is None:
+        return rf"needs a model with experts, but {family} models are dense"
+    if method == "linear_probe" and load_family(family).head is None:
+        return rf"trains a classifier's head, and {family} models have none"
+    return None
+
 
 CASES = [
     (family, name, options)
     for family in sorted(TINY)
     for name in method_names()
-    if load_family(family).mixture is not None or name not in NEED_EXPERTS
-    for options in [{}, *(OTHER_OPTIONS.get(name, []) if family in FEW_FAMILIES else [])]
+    if refusal(family, name) is None
+    for options in [
+        {},
+        *(OTHER_OPTIONS.get(name, []) if family in FEW_FAMILIES.get(load_method(name).AdapterConfig, ()) else []),
+    ]
 ]
 
 
@@ -64,21 +161,44 @@ class Setting:
     """A method on a tiny federation."""
 
     method: Method
+    kind: Kind
     material: assembly.Material
     state: Bundle
     folder: Path
+    fits: dict[int, FitResult] = field(default_factory=dict)
 
-    def download(self, client: int, round: int = 1) -> Payload:
-        return self.method.dispatch(self.state, self.material.clients[client], round)
+    def download(self, client: int) -> Payload:
+        return self.method.dispatch(self.state, self.material.clients[client], 1)
 
-    def fit(self, client: int, download: Payload | None = None) -> FitResult:
+    def fit(self, client: int, download: Payload) -> FitResult:
         who = self.material.clients[client]
         seeds = Seeds(0).at(round=1, client=who.id)
-        shard = self.material.shards[who.id]
-        return self.method.fit(self.material.model, download or self.download(client), who, shard, Bundle(), seeds)
+        return self.method.fit(self.material.model, download, who, self.material.shards[who.id], Bundle(), seeds)
 
-    def uploads(self, *clients: int) -> list[Payload]:
-        return [Payload(1, self.material.clients[client].id, self.fit(client).upload) for client in clients]
+    def answer(self, client: int) -> FitResult:
+        """Return what a client makes of the first round; it is always the same, so that once is enough."""
+        if client not in self.fits:
+            self.fits[client] = self.fit(client, self.download(client))
+        return self.fits[client]
+
+    def upload(self, client: int) -> Payload:
+        return Payload(1, self.material.clients[client].id, self.answer(client).upload)
+
+    def after(self) -> Bundle:
+        """Return the state after a round of all clients."""
+        return self.method.aggregate(self.state, [self.upload(client) for client in range(4)])
+
+    def budget(self, tier: str) -> Budget:
+        return next(budget for budget in self.material.budgets if budget.tier == tier)
+
+    def native_budget(self) -> Budget:
+        """The checkpoint's own K, and the largest k of a sparse adapter, with which it is exported."""
+        native = self.material.model.native_top_k
+        return replace(next(budget for budget in self.material.budgets if budget.top_k == native), adapter_top_k=4)
+
+    def deployed(self, state: Bundle, budget: Budget) -> torch.Tensor:
+        with self.method.deploy(state, self.material.model, budget) as model:
+            return logits(model.lm, self)
 
 
 def test_every_family_has_a_tiny_model_here() -> None:
@@ -88,39 +208,56 @@ def test_every_family_has_a_tiny_model_here() -> None:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A tiny model of each family, made when it is first asked for."""
-    return cache(lambda family: TINY[family](tmp_path_factory.mktemp(family)))
+    return cache(lambda family: save_tiny_family(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="session")
+def data_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Data of each task, made when it is first asked for."""
+    return cache(lambda task: write_data(task, tmp_path_factory.mktemp(task)))
+
+
+Made = Callable[[str], Path]
 
 
 @pytest.fixture(
     scope="module", params=CASES, ids=lambda case: "-".join([case[0], case[1], *map(str, case[2].values())])
 )
-def setting(request: pytest.FixtureRequest, folders: Callable[[str], Path], tiny_data: Path) -> Setting:
+def setting(request: pytest.FixtureRequest, folders: Made, data_of: Made) -> Setting:
     family, name, options = request.param
-    checked = checked_config(family, folders, tiny_data, {"name": name, **options})
+    checked = checked_config(family, folders, data_of, {"name": name, **options})
     material = assembly.gather(checked)
     method = checked.method_type(checked.method, checked.adapter, Trainer(checked.training))
     state = method.init(material.model, material.budgets, Seeds(0).at(purpose="init"))
-    return Setting(method, material, state, folders(family))
+    return Setting(method, KINDS[method.AdapterConfig], material, state, folders(family))
 
 
-def checked_config(family: str, folders: Callable[[str], Path], data: Path, method: dict[str, Any]) -> RunConfig:
-    values = config(folders(family), data, method=method)
+def checked_config(family: str, folders: Made, data_of: Made, method: dict[str, Any]) -> RunConfig:
+    task = load_family(family).task
+    values = config(folders(family), data_of(task), method=method, data={"task": task})
     if family == "qwen2":  # transformers takes any tokenizer beside a Qwen2 model for Qwen2's own kind
         values["model"]["tokenizer"] = str(folders("olmoe"))
-    if load_family(family).mixture is None:  # a dense model has one expert
-        values["clients"]["tiers"] = [{**tier, "top_k": 1} for tier in values["clients"]["tiers"]]
+    if load_family(family).mixture is None:
+        values["clients"]["tiers"] = dense(values["clients"]["tiers"])
     return parse(values)
 
 
-@pytest.mark.parametrize("name", sorted(NEED_EXPERTS))
-def test_methods_that_need_experts_refuse_dense_models(
-    name: str, folders: Callable[[str], Path], tiny_data: Path
-) -> None:
-    checked = checked_config("llama", folders, tiny_data, {"name": name})
+@pytest.mark.parametrize("name", [name for name in method_names() if refusal("llama", name)])
+def test_methods_refuse_models_they_cannot_train(name: str, folders: Made, data_of: Made) -> None:
+    checked = checked_config("llama", folders, data_of, {"name": name})
     material = assembly.gather(checked)
     method = checked.method_type(checked.method, checked.adapter, Trainer(checked.training))
-    with pytest.raises(ConfigError, match=r"needs a model with experts, but llama models are dense"):
+    with pytest.raises(ConfigError, match=refusal("llama", name)):
         method.init(material.model, material.budgets, Seeds(0))
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_it_says_what_it_is(name: str) -> None:
+    method = load_method(name)
+    assert method.title
+    assert method.paper
+    assert method.Config.__doc__
+    assert method.AdapterConfig in KINDS
 
 
 def digest(bundle: Bundle) -> str:
@@ -141,123 +278,97 @@ def model_digest(setting: Setting) -> str:
     return told.hexdigest()
 
 
-def logits(setting: Setting) -> torch.Tensor:
-    model = setting.material.model
+def logits(lm: Any, setting: Setting) -> torch.Tensor:
     ids = torch.arange(12).view(2, 6) + 3
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if setting.material.model.task == "image_classification":
+        given = {"pixel_values": torch.linspace(-1, 1, 384).view(2, 3, 8, 8)}
     with torch.inference_mode():
-        answer: torch.Tensor = model.lm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.clone()
+        answer: torch.Tensor = lm(**given).logits.clone()
     return answer
 
 
-def test_it_says_what_it_is(setting: Setting) -> None:
-    assert setting.method.title
-    assert setting.method.paper
-    assert setting.method.Config.__doc__
-
-
-def test_the_state_and_payloads_survive_the_wire(setting: Setting) -> None:
+def test_an_answer_depends_on_the_downloads_bytes_alone(setting: Setting) -> None:
+    """Not on objects of this process, nor on what the global random stream holds."""
     assert digest(Bundle.from_bytes(setting.state.to_bytes())) == digest(setting.state)
     download = setting.download(0)
     assert (download.round, download.client) == (1, setting.material.clients[0].id)
-    received = Payload.from_bytes(download.to_bytes())
-    one, other = setting.fit(0, download).upload, setting.fit(0, received).upload
-    assert digest(one) == digest(other)
+    assert download.content.meta["top_k"] >= 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        other = setting.fit(0, Payload.from_bytes(download.to_bytes()))
+    assert digest(setting.answer(0).upload) == digest(other.upload)
+    assert digest(setting.answer(0).memory) == digest(other.memory)
 
 
 def test_the_initial_state_changes_nothing_at_the_native_k(setting: Setting) -> None:
-    native = next(budget for budget in setting.material.budgets if budget.top_k == setting.material.model.native_top_k)
-    before = logits(setting)
-    with setting.method.deploy(setting.state, setting.material.model, native):
-        deployed = logits(setting)
-    if getattr(setting.method.config, "gate", "native") in (
-        "native",
-        *{block.native_gate for block in setting.material.model.blocks},
-    ):
+    model = setting.material.model
+    before, deployed = logits(model.lm, setting), setting.deployed(setting.state, setting.native_budget())
+    gate = getattr(setting.method.config, "gate", "native")
+    if gate in ("native", *{block.native_gate for block in model.blocks}):
         assert torch.equal(before, deployed)
     else:
         assert not torch.equal(before, deployed), "renormalising changes a model that does not renormalise"
 
 
-def test_fit_and_deploy_leave_model_inputs_and_global_randomness_as_found(setting: Setting) -> None:
+def test_model_inputs_and_global_randomness_are_left_as_found(setting: Setting) -> None:
+    """By training, by deploying at every budget, and by a failure while deployed."""
     model, state, download = model_digest(setting), digest(setting.state), setting.download(0)
     content, stream = digest(download.content), torch.get_rng_state()
     setting.fit(0, download)
     for budget in setting.material.budgets:
         with setting.method.deploy(setting.state, setting.material.model, budget) as deployed:
             assert deployed.top_k == budget.top_k
-            logits(setting)
+            logits(deployed.lm, setting)
+    with (
+        pytest.raises(RuntimeError, match="trouble"),
+        setting.method.deploy(setting.state, setting.material.model, setting.budget("small")),
+    ):
+        raise RuntimeError("trouble")
     assert model_digest(setting) == model
     assert digest(setting.state) == state
     assert digest(download.content) == content
     assert torch.equal(torch.get_rng_state(), stream)
 
 
-def test_the_model_is_as_found_after_a_failure_inside(setting: Setting) -> None:
-    model = model_digest(setting)
-    budget = setting.material.budgets[0]
-    with (
-        pytest.raises(RuntimeError, match="trouble"),
-        setting.method.deploy(setting.state, setting.material.model, budget),
-    ):
-        raise RuntimeError("trouble")
-    assert model_digest(setting) == model
-
-
-def test_fit_is_the_same_whatever_the_global_stream_holds(setting: Setting) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        one = digest(setting.fit(1).upload)
-        torch.manual_seed(2)
-        other = digest(setting.fit(1).upload)
-    assert one == other
-
-
 def test_an_honest_upload_is_admitted_and_moves_something(setting: Setting) -> None:
     for number, client in enumerate(setting.material.clients):
-        download = setting.download(number)
-        upload = setting.fit(number, download).upload
-        asked = Asked(1, client.id, setting.method.expects(setting.state, download), download.content.meta["top_k"])
-        assert payload_problem(Payload(1, client.id, upload), asked) is None
-        assert any(bool(tensor.any()) for name, tensor in upload.tensors.items() if name.endswith(".lora_B"))
-        assert upload.meta["examples"] == len(setting.material.shards[client.id].examples)
+        download, upload = setting.download(number), setting.upload(number)
+        meta = download.content.meta
+        expected = setting.method.expects(setting.state, download)
+        asked = Asked(1, client.id, expected, meta["top_k"], meta.get("adapter_top_k"))
+        assert payload_problem(upload, asked) is None
+        tensors = upload.content.tensors
+        heads = [name for name in tensors if is_head(name)]
+        assert bool(heads) == (setting.material.model.head is not None)
+        assert not any(torch.equal(tensors[name], setting.state.tensors[name]) for name in heads)
+        grown = [bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(setting.kind.zeros)]
+        assert any(grown) or (not grown and heads)
+        assert upload.content.meta["examples"] == len(setting.material.shards[client.id].examples)
 
 
 def as_trained(setting: Setting, upload: Bundle, budget: Budget) -> torch.Tensor:
     """Logits of the adapter a client sent, at a budget, without going through the method."""
-    model, gate = setting.material.model, setting.method.config.gate
-    tensors = {name: tensor for name, tensor in upload.tensors.items() if name.startswith("layers.")}
-    if "rescaler" in upload.tensors:
-        numbers = upload.tensors["rescaler"][:, None].unbind()
-        layers = [block.layer for block in model.blocks]
-        tensors |= {f"layers.{layer}.router.rescaler": s for layer, s in zip(layers, numbers, strict=True)}
-    with model.active_experts(budget.top_k, gate), lora.attached(model, tensors, setting.method.adapter.alpha):
-        return logits(setting)
-
-
-def as_deployed(setting: Setting, state: Bundle, budget: Budget) -> torch.Tensor:
-    with setting.method.deploy(state, setting.material.model, budget):
-        return logits(setting)
+    model = setting.material.model
+    gate: Any = getattr(setting.method.config, "gate", "native")
+    tensors = federated.adapter_of(upload.tensors)
+    with model.active_experts(budget.top_k, gate), setting.kind.attach(setting, upload, tensors):
+        return logits(model.lm, setting)
 
 
 def test_aggregation_is_pure_and_one_client_gets_its_update_back(setting: Setting) -> None:
-    state, uploads = digest(setting.state), setting.uploads(0)
-    content, budget = digest(uploads[0].content), setting.material.clients[0].budget
-    after = setting.method.aggregate(setting.state, uploads)
+    """So do two that agree."""
+    upload, budget = setting.upload(0), setting.material.clients[0].budget
+    state, content = digest(setting.state), digest(upload.content)
+    after = setting.method.aggregate(setting.state, [upload])
     assert digest(setting.state) == state
-    assert digest(uploads[0].content) == content
-    assert digest(setting.method.aggregate(setting.state, uploads)) == digest(after)
-    trained = as_trained(setting, uploads[0].content, budget)
-    torch.testing.assert_close(as_deployed(setting, after, budget), trained, rtol=1e-4, atol=2e-5)
-    assert not torch.allclose(as_deployed(setting, setting.state, budget), trained, rtol=1e-4, atol=2e-5)
-
-
-def test_clients_that_agree_are_not_changed_by_averaging(setting: Setting) -> None:
-    [upload] = setting.uploads(0)
-    budget = setting.material.clients[0].budget
-    twins = [upload, Payload(1, "twin", upload.content)]
-    after = setting.method.aggregate(setting.state, twins)
+    assert digest(upload.content) == content
+    assert digest(setting.method.aggregate(setting.state, [upload])) == digest(after)
     trained = as_trained(setting, upload.content, budget)
-    torch.testing.assert_close(as_deployed(setting, after, budget), trained, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(setting.deployed(after, budget), trained, rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(setting.deployed(setting.state, budget), trained, rtol=1e-4, atol=2e-5)
+    both = setting.method.aggregate(setting.state, [upload, Payload(1, "twin", upload.content)])
+    torch.testing.assert_close(setting.deployed(both, budget), trained, rtol=1e-4, atol=2e-5)
 
 
 def product(tensors: Mapping[str, torch.Tensor], name: str, expert: int) -> torch.Tensor:
@@ -266,88 +377,114 @@ def product(tensors: Mapping[str, torch.Tensor], name: str, expert: int) -> torc
     return tensors[f"{path}.lora_B"][expert] @ tensors[f"{path}.lora_A"][expert]
 
 
+def experts_of(setting: Setting, layer: int) -> list[str]:
+    """Names of the state's tensors that are stacked over counted experts of a layer."""
+    start = f"layers.{layer}.{EXPERTS[setting.method.experts]}."
+    return [name for name in setting.state.tensors if name.startswith(start)]
+
+
 def test_experts_nobody_used_keep_what_they_were(setting: Setting) -> None:
-    uploads = setting.uploads(0, 1)
+    uploads = [setting.upload(0), setting.upload(1)]
     if ACTIVATION_COUNTS not in uploads[0].content.tensors:
-        assert not setting.material.model.blocks
-        pytest.skip("a dense model has no experts")
+        assert not setting.state.meta["sparse_layers"]
+        pytest.skip("there are no experts")
     silenced = []
     for upload in uploads:
         counts = upload.content.tensors[ACTIVATION_COUNTS].clone()
-        counts[0, 3] = 0
-        silenced.append(
-            Payload(
-                1, upload.client, Bundle({**upload.content.tensors, ACTIVATION_COUNTS: counts}, upload.content.meta)
-            )
-        )
+        counts[0, -1] = 0
+        tensors = {**upload.content.tensors, ACTIVATION_COUNTS: counts}
+        silenced.append(Payload(1, upload.client, Bundle(tensors, upload.content.meta)))
     after = setting.method.aggregate(setting.state, silenced)
-    first = setting.material.model.blocks[0].layer
-    names = [name for name in after.tensors if name.startswith(f"layers.{first}.experts.")]
+    names = experts_of(setting, setting.state.meta["sparse_layers"][0])
     assert names
     for name in names:
-        before, now = setting.state.tensors[name][3], after.tensors[name][3]
+        before, now = setting.state.tensors[name][-1], after.tensors[name][-1]
         if before.shape == now.shape:
             assert torch.equal(now, before), name
         else:
-            assert torch.equal(product(after.tensors, name, 3), product(setting.state.tensors, name, 3)), name
+            assert torch.equal(product(after.tensors, name, -1), product(setting.state.tensors, name, -1)), name
 
 
 def test_experts_without_tokens_keep_their_bits_in_training(setting: Setting) -> None:
-    if not setting.material.model.blocks:
-        pytest.skip("a dense model has no experts")
-    upload = setting.fit(0).upload
-    untouched = (upload.tensors[ACTIVATION_COUNTS] == 0).nonzero().tolist()
-    touched = (upload.tensors[ACTIVATION_COUNTS] > 0).nonzero().tolist()
-    names = [name for name in setting.state.tensors if ".experts." in name and name.endswith("lora_B")]
-    layers = [block.layer for block in setting.material.model.blocks]
-    for name in names:
-        layer = int(name.split(".")[1])
-        for row, expert in untouched:
-            if layers[row] == layer:
-                assert not upload.tensors[name][expert].any(), "B is zero at first"
-    moved = [
-        bool(upload.tensors[f"layers.{layers[row]}.experts.down_proj.lora_B"][expert].any()) for row, expert in touched
-    ]
-    assert names
+    if not setting.state.meta["sparse_layers"]:
+        pytest.skip("there are no experts")
+    tensors = setting.upload(0).content.tensors
+    used_LE = tensors[ACTIVATION_COUNTS] > 0
+    moved = []
+    for row, layer in enumerate(setting.state.meta["sparse_layers"]):
+        names = [name for name in experts_of(setting, layer) if name.endswith(setting.kind.zeros)]
+        assert names
+        for name in names:
+            any_E = tensors[name].flatten(1).any(dim=1)
+            assert not any_E[~used_LE[row]].any(), f"{name} is zero at first"
+            moved.append(bool(any_E.any()))
     assert any(moved)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
-def test_the_exported_adapter_gives_the_deployed_logits_in_peft(setting: Setting, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    after = setting.method.aggregate(setting.state, setting.uploads(0, 1, 2, 3))
+def test_the_exported_adapter_gives_the_deployed_logits_elsewhere(setting: Setting, tmp_path: Path) -> None:
+    """PEFT opens a LoRA, and `emberfed.load_adapter` what stands beside the FFN, on transformers' own model."""
+    after, budget = setting.after(), setting.native_budget()
     for name, data in setting.method.export(after, setting.material.model).items():
         (tmp_path / name).write_bytes(data)
     if getattr(setting.method.config, "gate", "native") != "native":
         pytest.skip("PEFT runs the checkpoint's own gate")
     if setting.state.meta.get("rescale") == "learnable":
         pytest.skip("PEFT has no place for a rescaler")
-    native = next(budget for budget in setting.material.budgets if budget.top_k == setting.material.model.native_top_k)
-    with setting.method.deploy(after, setting.material.model, native):
-        ours = logits(setting)
-    theirs_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(setting.folder), tmp_path)
-    ids = torch.arange(12).view(2, 6) + 3
-    with torch.inference_mode():
-        theirs = theirs_model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    ours = setting.deployed(after, budget)
+    plain = PLAIN[setting.material.model.task].from_pretrained(setting.folder)
+    with setting.kind.opened(plain, tmp_path) as model:
+        theirs = logits(model, setting)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_clients_own_model(setting: Setting) -> None:
+    """Of a client that comes late it is the deployed one, if it is sent all of it; of one with a memory it runs, too.
+
+    Model, memory, download and global randomness are as found.
+    """
+    method, base, after = setting.method, setting.material.model, setting.after()
+    before, stream = model_digest(setting), torch.get_rng_state()
+    late = Client("late", setting.budget("large"), 5)
+    returning = setting.material.clients[0]
+    own: dict[str, torch.Tensor] = {}
+    for client, memory in ((late, Bundle()), (returning, setting.answer(0).memory)):
+        download = method.dispatch(after, client, 2)
+        contents = digest(download.content), digest(memory)
+        with method.personal(base, download, client, memory) as model:
+            assert model.top_k == client.budget.top_k
+            own[client.id] = logits(model.lm, setting)
+        assert (digest(download.content), digest(memory)) == contents
+        assert own[client.id].isfinite().all()
+        if client is late:
+            sent, whole = (federated.adapter_of(bundle.tensors) for bundle in (download.content, after))
+            sends_all = all(sent[name].shape == tensor.shape for name, tensor in whole.items())
+    assert model_digest(setting) == before
+    assert torch.equal(torch.get_rng_state(), stream)
+    if sends_all:
+        torch.testing.assert_close(own["late"], setting.deployed(after, late.budget), rtol=1e-5, atol=1e-5)
+    else:
+        assert setting.method.config.rank > 4, "the tier's rank is below the global one"
+
+
 @pytest.mark.parametrize("method", method_names())
-def test_every_engine_gives_the_same_bits(
-    method: str, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_every_engine_gives_the_same_bits(method: str, folders: Made, data_of: Made, tmp_path: Path) -> None:
+    family = next(family for family in ("vit", "olmoe") if refusal(family, method) is None)
+    task = load_family(family).task
     digests = {}
     for engine in engine_names():
         values = config(
-            tiny_model_folder,
-            tiny_data,
+            folders(family),
+            data_of(task),
             method={"name": method},
+            data={"task": task, "client_test_share": 0.3},
             training={"rounds": 2},
-            evaluation={"every": 0},
+            evaluation={"every": 0, "max_examples": 2},
             engine={"name": engine},
         )
-        digests[engine] = bits(emberfed.run(values, output=tmp_path / engine).path)
+        run = emberfed.run(values, output=tmp_path / engine)
+        personal = [line for line in run.metrics() if line["event"] == "personal"]
+        digests[engine] = bits(run.path), personal
     assert all(found == digests["local"] for found in digests.values())
     assert len(digests) == len(engine_names()) >= 2
+    assert len(digests["local"][1]) == 2 * 4

@@ -56,6 +56,9 @@ def test_a_run_leaves_what_the_documentation_says(reference: Path) -> None:
     for name in ("config.yaml", "run.json", "partition.json"):
         assert (reference / name).is_file()
     assert not (reference / "events.jsonl").exists()
+    told = json.loads((reference / "run.json").read_text())
+    assert (told["metric"], told["experts"]) == ("rouge_l", "model")
+    assert "classes" not in told
 
 
 def test_counts_are_tokens_times_k(reference: Path) -> None:
@@ -234,9 +237,9 @@ def test_names_no_folder_can_have(name: str, tiny_model_folder: Path, tiny_data:
         emberfed.run(config(tiny_model_folder, tiny_data), output=tmp_path / name)
 
 
-@pytest.mark.parametrize("top_k", [[0], [1.5], []])
+@pytest.mark.parametrize("top_k", [[0], [1.5], [], [2, 2]])
 def test_impossible_numbers_of_experts_to_evaluate_at(top_k: Any, reference: Path) -> None:
-    with pytest.raises(ConfigError, match="expected whole numbers from 1"):
+    with pytest.raises(ConfigError, match="expected different whole numbers from 1"):
         emberfed.evaluate(reference, top_k=top_k)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from emberfed.aggregation import LARGEST_VALUE
 from emberfed.errors import EmberfedError, closest
+from emberfed.metrics import Metric, recorded_with
 from emberfed.records import ACTIVATION_COUNTS, SCORES, Bundle, Json, Payload, Reply, TensorSpec
 
 
@@ -126,17 +127,22 @@ def _counts_problem(content: Bundle) -> str | None:
         return None
     expected = meta["tokens"] * meta[key]
     wrong = [total for total in counts_LE.sum(dim=1).tolist() if total != expected]
-    return f"activation counts of a layer sum to {wrong[0]}, tokens x {key} is {expected}" if wrong else None
+    if wrong:
+        return f"activation counts of a layer sum to {wrong[0]}, tokens x {key} is {expected}"
+    most = max(counts_LE.flatten().tolist(), default=0)
+    if most > meta["tokens"]:
+        return f"activation counts say that an expert was given {most} tokens, of {meta['tokens']} in all"
+    return None
 
 
-def scores_problem(reply: Reply, round: int, clients: Collection[str], headline: str) -> str | None:
+def scores_problem(reply: Reply, round: int, clients: Collection[str], headline: Metric) -> str | None:
     """Return what is wrong with the answer to an assessment, or None: nobody's mean may be spoiled by one client.
 
     Args:
         reply: What came.
         round: Of the assessment.
         clients: Who was asked.
-        headline: The score that must be there, from 0 to 1.
+        headline: The score that must be there, from 0 to 1, with what is recorded beside it and nothing else.
     """
     if reply.client not in clients:
         return f"was not asked{closest(reply.client, clients)}"
@@ -149,13 +155,18 @@ def scores_problem(reply: Reply, round: int, clients: Collection[str], headline:
     scores = payload.content.meta.get(SCORES)
     if payload.content.tensors or not isinstance(scores, dict):
         return "the answer must hold scores and no tensors"
-    value: Json = scores.get(headline)
-    loss: Json = scores.get("loss")
+    beside = [metric.key for metric in recorded_with(headline) if metric != headline]
+    foreign = sorted(set(scores) - {headline.key, *beside, "examples"})
+    if foreign:
+        return f"foreign score {_short(foreign[0])}"
+    value: Json = scores.get(headline.key)
     examples: Json = scores.get("examples")
     if type(value) not in (int, float) or not 0 <= value <= 1:
-        return f"{headline!r} must be a number from 0 to 1, found {_short(value)}"
-    if loss is not None and (type(loss) not in (int, float) or not 0 <= loss < _LARGEST_FIGURE):
-        return f"'loss' must be null or a number from 0 below {_LARGEST_FIGURE:g}, found {_short(loss)}"
+        return f"{headline.key!r} must be a number from 0 to 1, found {_short(value)}"
+    for key in beside:
+        figure: Json = scores.get(key)
+        if figure is not None and (type(figure) not in (int, float) or not 0 <= figure < _LARGEST_FIGURE):
+            return f"{key!r} must be null or a number from 0 below {_LARGEST_FIGURE:g}, found {_short(figure)}"
     if type(examples) is not int or not 1 <= examples <= _LARGEST_COUNT:
         return f"'examples' must be a whole number from 1 to {_LARGEST_COUNT}, found {_short(examples)}"
     return None

@@ -16,6 +16,7 @@ from emberfed.config import RunConfig
 from emberfed.errors import ConfigError, RunFolderError
 from emberfed.models import merging, peft_layout, sparse_adapter_files
 from emberfed.models.loading import cpu_threads
+from emberfed.models.sparse_adapter import SparseAdapterConfig
 from emberfed.records import Json
 from emberfed.report import write_report
 from emberfed.sections import override
@@ -119,6 +120,16 @@ def evaluate(
     folder = RunFolder.open(Path(path))
     checked = config.load(folder.path / "config.yaml")
     tiers = _asked_tiers(top_k, adapter_top_k)
+    if adapter_top_k is not None and checked.method_type.experts != "adapter":
+        raise ConfigError(
+            f"{checked.method_type.title} has no adapter beside the FFN, so adapter_top_k has no effect; give top_k, "
+            f"or neither"
+        )
+    if top_k is not None and checked.method_type.AdapterConfig is SparseAdapterConfig:
+        raise ConfigError(
+            f"{checked.method_type.title} chooses among its adapter's experts, so top_k alone is not enough; give "
+            f"adapter_top_k (--adapter-top-k), or neither"
+        )
     if not folder.rounds():
         raise RunFolderError(f"{path} holds no whole round yet; go on with `emberfed resume {path}`")
     with _reopened(folder, checked, assembly.Materials()) as material:
@@ -139,8 +150,11 @@ def _asked_tiers(top_k: Sequence[int] | None, adapter_top_k: Sequence[int] | Non
     if top_k is not None and adapter_top_k is not None:
         raise ConfigError("give top_k or adapter_top_k, not both")
     for name, values in (("top_k", top_k), ("adapter_top_k", adapter_top_k)):
-        if values is not None and not (values and all(isinstance(k, int) and k >= 1 for k in values)):
-            raise ConfigError(f"{name} {list(values)}: expected whole numbers from 1, such as [1, 2, 4, 8]")
+        if values is None:
+            continue
+        usable = isinstance(values, Sequence) and all(type(k) is int and k >= 1 for k in values)
+        if not usable or not values or len(set(values)) < len(values):
+            raise ConfigError(f"{name} {values!r}: expected different whole numbers from 1, such as [1, 2, 4, 8]")
     if adapter_top_k is not None:
         return [clients.Tier(name=f"k={k}", share=1 / len(adapter_top_k), adapter_top_k=k) for k in adapter_top_k]
     return [] if top_k is None else [clients.Tier(name=f"K={k}", share=1 / len(top_k), top_k=k) for k in top_k]

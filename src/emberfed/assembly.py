@@ -24,7 +24,7 @@ from emberfed.data.corpus import Corpus
 from emberfed.data.inspect import Inspection, inspect
 from emberfed.data.partition import Partition, partition, split_client
 from emberfed.data.shard import Shard
-from emberfed.errors import RunFolderError
+from emberfed.errors import ConfigError, DataError, RunFolderError
 from emberfed.evaluation import Score, Scores
 from emberfed.models.config import ModelConfig
 from emberfed.models.fingerprint import fingerprint
@@ -95,6 +95,7 @@ class Materials:
         data = self._divided(config, seeds)
         model = self._model(config, data)
         check_possible(model, config.training)
+        check_length(model, config)
         budgets = clients.resolve(config.clients.tiers, model.native_top_k, model.largest_top_k)
         sizes = {id_: len(shard.examples) for id_, shard in data.shards.items()}
         enrolled = clients.enrol(sizes, config.clients, model.native_top_k, model.largest_top_k, seeds)
@@ -126,6 +127,16 @@ class Materials:
         return self._data[key]
 
 
+def check_length(model: FoundationModel, config: RunConfig) -> None:
+    """Check that a model whose positions are embedded has one for each token of an input. Raises: ConfigError."""
+    longest, keys = config.task.longest(config.data, config.evaluation)
+    if model.positions is not None and longest > model.positions:
+        raise ConfigError(
+            f"{keys} {longest} is more than the {model.positions} positions that this {model.family.model_type} model "
+            f"has; lower it to that"
+        )
+
+
 def divide(config: RunConfig, seeds: Seeds) -> Divided:
     """Load data, divide it over clients and make examples of it. Raises: ConfigError, DataError, ModelError."""
     task, section = config.task, config.data
@@ -133,6 +144,7 @@ def divide(config: RunConfig, seeds: Seeds) -> Divided:
     corpus = task.corpus(section, seeds)
     divided = partition(corpus.train, section.partition, config.clients.count, seeds)
     training, held_out = _kept_apart(divided, section.client_test_share, seeds)
+    _check_classes(corpus, training, held_out, section.path)
 
     def shard(records: datasets.Dataset, where: str) -> Shard:
         return task.shard(records, processor, section, corpus.classes, where)
@@ -155,6 +167,21 @@ def _kept_apart(divided: Partition, share: float, seeds: Seeds) -> tuple[_Rows, 
 
 
 _Rows = Mapping[str, tuple[int, ...]]
+
+
+def _check_classes(corpus: Corpus, training: _Rows, held_out: _Rows, path: str) -> None:
+    """Check that some client trains on each class, once all keep examples apart. Raises: DataError."""
+    if not (corpus.classes and held_out):
+        return  # the corpus has training examples of each, and clients train on all of them
+    names = corpus.train["category"]
+    trained = {names[row] for rows in training.values() for row in rows}
+    for name in corpus.classes:
+        if name not in trained:
+            raise DataError(
+                f"data {path}: all training examples of class {name!r} are kept apart on clients "
+                f"(data.client_test_share), so no client trains on it; give it more, lower the share, or leave the "
+                f"class out"
+            )
 
 
 def model_key(config: RunConfig) -> ModelConfig:

@@ -24,8 +24,9 @@ class Answers:
         self._metric = metric
         self._round = round
         self._listen = listen
+        self._answered: set[str] = set()
         self._scores: dict[str, dict[str, Json]] = {}
-        self._seconds = 0.0
+        self._seconds: dict[str, float] = {}
 
     def jobs(self, method: Method, state: Bundle) -> Iterator[Assessment]:
         """Yield one question for each client: its model is what it would be sent in the next round, and its memory."""
@@ -34,18 +35,22 @@ class Answers:
             yield Assessment(self._round + 1, client.id, download.to_bytes())
 
     def receive(self, reply: Reply | ClientFailed) -> None:
-        """Keep the scores, or tell why there are none."""
-        if isinstance(reply, ClientFailed):
-            problem: str | None = reply.reason
+        """Keep the scores, or tell why there are none; of a client that answers twice neither answer counts."""
+        if reply.client in self._answered:
+            problem: str | None = "answered twice"
+        elif isinstance(reply, ClientFailed):
+            problem = reply.reason
         else:
-            problem = admission.scores_problem(reply, self._round + 1, self._clients, self._metric.key)
+            problem = admission.scores_problem(reply, self._round + 1, self._clients, self._metric)
+        self._answered.add(reply.client)
         if problem is not None or isinstance(reply, ClientFailed):
+            self._scores.pop(reply.client, None)
             self._listen(
                 events.Notice("warning", f"round {self._round}: no personal evaluation of {reply.client}: {problem}")
             )
             return
         self._scores[reply.client] = Payload.from_bytes(reply.upload).content.meta[SCORES]
-        self._seconds += reply.measured["seconds"]
+        self._seconds[reply.client] = reply.measured["seconds"]
 
     def lines(self) -> list[dict[str, Json]]:
         """Return a line for each client that answered, sorted by id, and one for all of them."""
@@ -62,7 +67,7 @@ class Answers:
             "worst_decile": worst_decile(values, self._metric.sign),
             "spread": statistics.pstdev(values),
             "loss_mean": math.fsum(losses) / len(losses) if losses else None,
-            "seconds": self._seconds,
+            "seconds": math.fsum(self._seconds[id_] for id_ in sorted(self._scores)),
         }
         return [*lines, summary]
 
@@ -74,6 +79,6 @@ class Answers:
 
 
 def worst_decile(values: Sequence[float], sign: int) -> float:
-    """Return the mean of the worst tenth of the values, at least one; `sign` is 1 if higher is better, else -1."""
+    """Return the mean of the worst tenth of the values, rounded up; `sign` is 1 if higher is better, else -1."""
     worst = sorted(values, key=lambda value: sign * value)[: max(1, math.ceil(len(values) / 10))]
     return math.fsum(worst) / len(worst)

@@ -149,7 +149,8 @@ def _explain(section: type[BaseModel], problem: Mapping[str, Any], where: str) -
     key = ".".join([where, *location]) if where else ".".join(location)
     if problem["type"] == "extra_forbidden":
         allowed = _fields_at(section, location[:-1])
-        return f"unknown key {key!r}{closest(location[-1], allowed) or f'; allowed here: {one_of(allowed)}'}"
+        known = closest(location[-1], allowed) or f"; allowed here: {one_of(allowed) or 'nothing'}"
+        return f"unknown key {key!r}{known}"
     if problem["type"] == "missing":
         return f"{key!r} is missing; give it a value"
     if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):

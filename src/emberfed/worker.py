@@ -11,7 +11,7 @@ from typing import final
 from emberfed import costs, storage
 from emberfed.clients import Client
 from emberfed.data.shard import Shard
-from emberfed.errors import EmberfedError, StorageError
+from emberfed.errors import EmberfedError, RunFolderError, StorageError
 from emberfed.evaluation import Score, Scores
 from emberfed.method import Method
 from emberfed.models.foundation_model import FoundationModel
@@ -28,17 +28,32 @@ class MemoryFolder:
         self._folder = folder
 
     def read(self, client: str, before_round: int) -> Bundle:
-        """Return what the client kept from its latest round before `before_round`; empty if there is none."""
-        earlier = [path for path in (self._folder / client).glob("*.safetensors") if int(path.stem) < before_round]
-        return Bundle.from_bytes(max(earlier).read_bytes()) if earlier else Bundle()
+        """Return what the client kept from its latest round before `before_round`; empty if there is none.
+
+        Raises: RunFolderError if it is damaged.
+        """
+        earlier = [path for path in self._kept(client) if int(path.stem) < before_round]
+        if not earlier:
+            return Bundle()
+        try:
+            return Bundle.from_bytes(max(earlier).read_bytes())
+        except (RunFolderError, OSError) as error:
+            raise RunFolderError(
+                f"memory {max(earlier)} is damaged ({error}); put it back, or remove the client's memory, and the "
+                f"client begins anew"
+            ) from None
 
     def write(self, client: str, round: int, memory: Bundle) -> None:
         """Keep the client's memory of a round; drop those that no repeat or fall-back can need any more."""
         if not (memory.tensors or memory.meta):
             return
         storage.write(self._folder / client / f"{round:06d}.safetensors", memory.to_bytes())
-        for path in sorted((self._folder / client).glob("*.safetensors"))[:-3]:
+        for path in sorted(self._kept(client))[:-3]:
             path.unlink()
+
+    def _kept(self, client: str) -> list[Path]:
+        """Return the memories of a client, and no other file that lies there."""
+        return [path for path in (self._folder / client).glob("*.safetensors") if path.stem.isdecimal()]
 
 
 @final

@@ -126,7 +126,7 @@ def _active(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
     known = {"K": "top_k", "k": "adapter_top_k"}
     present = {heading: key for heading, key in known.items() if all(key in line for line in lines)}
     differing = {heading: key for heading, key in present.items() if len({line[key] for line in lines}) > 1}
-    return differing or {"K": "top_k"}
+    return differing or ({"k": "adapter_top_k"} if "k" in present else {"K": "top_k"})
 
 
 def _score(value: float | None, metric: Metric) -> str:

@@ -42,6 +42,8 @@ def _name(label: Any, feature: Any, column: str, where: str) -> str:
         raise DataError(
             f"{where}: label {label!r} is neither a whole number nor a word; mend column {column!r} or set data.label"
         )
+    if isinstance(label, str) and not label.strip():
+        raise DataError(f"{where}: label {label!r} is blank; give the record a class, or leave it out")
     if not isinstance(feature, datasets.ClassLabel):
         return str(label)
     if not 0 <= int(label) < feature.num_classes:

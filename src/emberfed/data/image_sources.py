@@ -54,11 +54,13 @@ def read_source(config: ImageDataConfig, seeds: Seeds) -> Source:
     return _from_columns(read_table(config), config)
 
 
-def decoded(value: Mapping[str, Any], where: str) -> PIL.Image.Image:
+def decoded(value: Mapping[str, Any] | None, where: str) -> PIL.Image.Image:
     """Return an image in RGB, turned as its camera says; what is transparent becomes white.
 
-    Raises: DataError naming the file, or else `where`, if it cannot be read.
+    Raises: DataError naming the file, or else `where`, if there is none, it cannot be read, or it is more than one.
     """
+    if value is None:
+        raise DataError(f"{where} has no image; give it one, or leave the record out")
     named = f"image {value['path']}" if value["path"] else where
     try:
         with warnings.catch_warnings():
@@ -70,6 +72,9 @@ def decoded(value: Mapping[str, Any], where: str) -> PIL.Image.Image:
         raise DataError(f"{named} cannot be read ({reason}); mend or remove it") from None
     if image.mode.startswith(_DEEP_MODES):
         raise DataError(f"{named} has more than 8 bits per channel (mode {image.mode}); convert it to 8")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a photograph, with a second view or a preview beside it
+        raise DataError(f"{named} holds {frames} pictures, of which one would be used; keep the one that is meant")
     if not image.has_transparency_data:
         return image.convert("RGB")
     opaque = PIL.Image.new("RGBA", image.size, "white")
@@ -110,6 +115,14 @@ def _read_classes_folder(folder: Path, split: str) -> Source:
             )
         files = [(file, name) for name in names for file in _visible(root / name)]
         deeper = next((file for file, _ in files if file.is_dir()), None)
+        special = next((file for file, _ in files if file.exists() and not (file.is_file() or file.is_dir())), None)
+        loose = next((entry for entry in _visible(root) if entry.suffix.lower() in _endings()), None)
+        for name in names:
+            name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"data.path {folder} has a class whose folder's name {error.object!r} is not UTF-8; rename it"
+        ) from None
     except OSError as error:
         raise DataError(f"data.path {folder} cannot be read ({error.strerror})") from None
     if deeper is not None:
@@ -117,12 +130,24 @@ def _read_classes_folder(folder: Path, split: str) -> Source:
             f"data.path {root}: {deeper.relative_to(root)} is a folder in a class's folder, which may hold images "
             f"alone; set data.split or path to the folder right above the classes"
         )
+    if special is not None:
+        raise DataError(f"data.path {root}: {special.relative_to(root)} is no file (a pipe or a device); remove it")
+    if loose is not None:
+        raise DataError(
+            f"data.path {root}: image {loose.name} lies beside the classes' folders, so it has no class; move it into "
+            f"one of them, or away"
+        )
     columns = {
         "image": [{"path": str(file), "bytes": None} for file, _ in files],
         "category": [name for _, name in files],
     }
     features = datasets.Features({"image": _ENCODED, "category": datasets.Value("string")})
     return Source(datasets.Dataset.from_dict(columns, features=features), in_natural_order(names))
+
+
+def _endings() -> frozenset[str]:
+    """Return how names of image files end, in lower case."""
+    return frozenset(PIL.Image.registered_extensions())
 
 
 def _visible(folder: Path) -> list[Path]:

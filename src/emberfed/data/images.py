@@ -6,6 +6,7 @@ Shapes: B images, H x W pixels as the model wants them.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,8 @@ def load_preprocessing(config: ModelConfig) -> Preprocessing:
             processing makes images of another size than its own.
     """
     path = model_path(config, "image_classification")
+    if config.tokenizer is not None:
+        raise ModelError(f"model.tokenizer is {config.tokenizer!r}, but a model of images has none; leave it out")
     folder = Path(path)
     if not folder.is_dir() and path.startswith((".", "/", "~")):
         raise ModelError(f"model folder {path} does not exist; give a local folder, a hub id or 'builtin'")
@@ -216,7 +219,9 @@ def load_preprocessing(config: ModelConfig) -> Preprocessing:
         size = _image_size(model, path)
         silent = folder.is_dir() and not any((folder / name).is_file() for name in _PROCESSINGS)
         processor = _usual(size) if silent else AutoImageProcessor.from_pretrained(path, backend="pil", **where)
-        made = Preprocessing(processor, _values(processor))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's words on values that are not finite, told below
+            made = Preprocessing(processor, _values(processor))
         found = made.fitted(PIL.Image.new("RGB", (size[1] + 7, size[0] + 3))).shape[1:]
     except ModelError:
         raise
@@ -225,6 +230,12 @@ def load_preprocessing(config: ModelConfig) -> Preprocessing:
         raise ModelError(
             f"model {path}: how it wants its images cannot be read ({type(error).__name__}: {reason})"
         ) from None
+    lowest, highest = made.values.min(dim=1).values, made.values.max(dim=1).values
+    if not bool((torch.isfinite(made.values).all(dim=1) & (lowest < highest)).all()):
+        raise ModelError(
+            f"model {path}: its {_PROCESSINGS[0]} makes every image the same, or not finite; mend its rescale_factor, "
+            f"image_mean and image_std"
+        )
     if found != size:
         raise ModelError(
             f"model {path} takes images of {size[0]} x {size[1]} pixels, but its {_PROCESSINGS[0]} makes them "

@@ -69,7 +69,7 @@ def inspect(corpus: Corpus, divided: Partition, shards: Mapping[str, Shard]) -> 
 
 def _label_column(divided: Partition) -> str:
     """The column whose skew is of interest; by its own name, every natural client would be all skew."""
-    return str(divided.parameters["by"]) if divided.kind in ("dirichlet", "label") else "category"
+    return str(divided.parameters["by"]) if divided.kind in ("dirichlet", "label", "shards") else "category"
 
 
 def total_variation(one: Mapping[str, int], other: Mapping[str, int]) -> float:

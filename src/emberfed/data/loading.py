@@ -261,7 +261,7 @@ def explained(where: str) -> Iterator[None]:
     """Turn what the library and the system raise over data they cannot read into one line that says where."""
     try:
         yield
-    except (OSError, ValueError, TypeError, csv.Error, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, KeyError, csv.Error, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         if "corresponds to no data" in reason:  # the library's words for it

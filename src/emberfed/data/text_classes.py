@@ -101,7 +101,7 @@ def load_texts(config: TextClassDataConfig, seeds: Seeds) -> Corpus:
     classes. The shuffle is drawn from `seeds`.
 
     Returns:
-        Records with columns `text` and `category` (the class's name).
+        Records with columns `text`, `category` (the class's name), and the source's scalar ones.
 
     Raises:
         DataError: if the texts cannot be found or read, have no classes or one, if there are too few, or if none of
@@ -129,7 +129,14 @@ def load_texts(config: TextClassDataConfig, seeds: Seeds) -> Corpus:
             f"{where} has {len(order)} usable texts ({len(texts)} read, {empty} empty); data.test_size "
             f"{config.test_size} leaves none to train on; lower it or give more data"
         )
-    chosen = datasets.Dataset.from_list([{"text": texts[rows[i]], "category": names[rows[i]]} for i in order])
+    scalars = [
+        name
+        for name, feature in raw.features.items()
+        if isinstance(feature, datasets.Value) and name not in (config.text, config.label, "text", "category")
+    ]
+    taken = raw.select([rows[i] for i in order])
+    own = {"text": list(taken[config.text]), "category": [names[rows[i]] for i in order]}
+    chosen = datasets.Dataset.from_dict({**own, **{name: list(taken[name]) for name in scalars}})
     train, test = chosen.select(range(config.test_size, len(order))), chosen.select(range(config.test_size))
     classes = declared(raw, config.label, names)
     check_learnable(classes, train["category"], test["category"], where)

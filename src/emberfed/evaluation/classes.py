@@ -15,6 +15,8 @@ from emberfed.evaluation.config import EvaluationConfig
 from emberfed.evaluation.scores import Score, Scores
 from emberfed.models.foundation_model import FoundationModel
 
+_NOTHING = -1
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class ClassScore(Score):
 @final
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the model made of one example: its class, the one chosen, the cross-entropy."""
+    """What the model made of one example: its class, the one chosen (-1: none), the cross-entropy."""
 
     label: int
     chosen: int
@@ -59,7 +61,9 @@ def evaluate(
             assert isinstance(batch, ClassBatch)
             logits = model.lm(**batch.inputs()).logits.float()
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            rows = zip(batch.labels.tolist(), logits.argmax(dim=-1).tolist(), losses.tolist(), strict=True)
+            # A model that overflows chooses nothing: argmax would call it class 0, and right wherever that is true.
+            chosen = logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), _NOTHING)
+            rows = zip(batch.labels.tolist(), chosen.tolist(), losses.tolist(), strict=True)
             choices.extend(Choice(*row) for row in rows)
             progress(len(choices), len(examples))
     names = model.lm.config.id2label

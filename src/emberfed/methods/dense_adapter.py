@@ -100,7 +100,7 @@ class DenseAdapter(Method):
         previous: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Average by data size."""
-        return aggregation.average(updates, Weights(updates), previous)
+        return aggregation.average(updates, Weights(updates, unused=aggregation.unused(previous)), previous)
 
     def aggregate(self, state: Bundle, uploads: Sequence[Payload]) -> Bundle:
         """Combine, then let the server's optimiser step."""

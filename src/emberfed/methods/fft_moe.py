@@ -34,7 +34,7 @@ from emberfed import aggregation, federated, federated_adapter
 from emberfed.aggregation import ActivationRule, Frequency, Update, Weights
 from emberfed.clients import Budget, Client
 from emberfed.data.shard import Shard
-from emberfed.errors import ConfigError
+from emberfed.errors import ClientError, ConfigError
 from emberfed.method import Method
 from emberfed.models import balance, sparse_adapter, sparse_adapter_files
 from emberfed.models.balance import Regulariser
@@ -124,11 +124,11 @@ class FftMoe(Method):
         self, model: FoundationModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
     ) -> FitResult:
         """Train experts and gate with k active experts; remember the gate, and how it used the experts."""
-        regulariser = self._regulariser(download.content.tensors[LOAD], memory.tensors.get(ACTIVATION_COUNTS))
         tensors, activation = self._own(download, memory), self.adapter.activation
+        regulariser = self._regulariser(download.content.tensors[LOAD], memory.tensors.get(ACTIVATION_COUNTS))
         upload = federated_adapter.train(self.trainer, model, tensors, activation, download, shard, seeds, regulariser)
-        gates = {name: tensor for name, tensor in upload.tensors.items() if name.endswith(".adapter.router.weight")}
-        return FitResult(upload, Bundle({**gates, ACTIVATION_COUNTS: upload.tensors[ACTIVATION_COUNTS]}))
+        kept = {**_gates(upload.tensors), ACTIVATION_COUNTS: upload.tensors[ACTIVATION_COUNTS]}
+        return FitResult(upload, Bundle(kept))
 
     @classmethod
     def combine(
@@ -164,11 +164,14 @@ class FftMoe(Method):
         return sparse_adapter_files.to_files(tensors, model, activation, state.meta["adapter_top_k"])
 
     def _own(self, download: Payload, memory: Bundle) -> dict[str, Tensor]:
-        """Return the adapter as the client runs it: what it was sent, with its own gate if it keeps one."""
+        """Return the adapter as the client runs it: what it was sent, with its own gate if it keeps one.
+
+        Raises: ClientError if the memory is not of this adapter.
+        """
         sent = federated.adapter_of(download.content.tensors)
-        if self.config.gate_aggregation == "fedavg":
-            return sent
-        return {name: memory.tensors.get(name, tensor) for name, tensor in sent.items()}
+        if memory.tensors:
+            _check_memory(memory, {**_gates(sent), ACTIVATION_COUNTS: download.content.tensors[LOAD]}, download.client)
+        return sent if self.config.gate_aggregation == "fedavg" else {**sent, **_gates(memory.tensors)}
 
     def _deployed(
         self, model: FoundationModel, tensors: Mapping[str, Tensor], budget: Budget
@@ -187,3 +190,26 @@ class FftMoe(Method):
         if counts_LM is not None:
             coefficient = balance.client_coefficient(coefficient, counts_LM, load_LM)
         return Regulariser(kind, coefficient, balance.omega(load_LM), z_coefficient)
+
+
+def _gates(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of an adapter's tensors that are gates."""
+    return {name: tensor for name, tensor in tensors.items() if name.endswith(".adapter.router.weight")}
+
+
+def _check_memory(memory: Bundle, expected: Mapping[str, Tensor], client: str) -> None:
+    """Check that a memory holds gates and counts of the shapes expected, and no more. Raises: ClientError."""
+    kept = memory.tensors
+    for name in sorted({*kept, *expected}):
+        if name not in kept or name not in expected:
+            problem = "is missing" if name in expected else "is foreign"
+        elif kept[name].shape != expected[name].shape:
+            problem = f"has shape {tuple(kept[name].shape)}, expected {tuple(expected[name].shape)}"
+        elif not bool(torch.isfinite(kept[name]).all()):
+            problem = "is not finite"
+        else:
+            continue
+        raise ClientError(
+            f"what {client} keeps of its gate is damaged: {name!r} {problem}; put its memory back, or remove it, and "
+            f"the client begins anew"
+        )

@@ -207,6 +207,15 @@ class FoundationModel:
         """Classes it tells apart; 0 where it generates."""
         return 0 if self.family.head is None else self.lm.config.num_labels
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens that a text may have at most; None where positions are not embedded, and any number goes."""
+        if self.family.positions is None:
+            return None
+        table = part(self.lm, self.family.positions)
+        # RoBERTa counts from behind the row of padding.
+        return int(table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
+
     def hosts(self) -> Mapping[int, Host]:
         """Return where an adapter can stand beside the FFN, by the index of the layer."""
         return self._hosts

@@ -73,11 +73,7 @@ def load_model(config: ModelConfig, classes: Sequence[str] | None = None, task: 
     if config.revision is not None and Path(path).is_dir():
         raise ModelError(f"model.revision {config.revision!r} is of hub ids only, and model.path {path} is a folder")
     with _reading(path, "model"), _quietly(), torch.random.fork_rng(devices=[]):
-        where: dict[str, Any] = {
-            "local_files_only": Path(path).is_dir(),
-            "revision": config.revision,
-            "trust_remote_code": False,
-        }
+        where = _where(config, path)
         found = AutoConfig.from_pretrained(path, **where)  # before gigabytes of weights are read
         family = family_of(found)
         _check_task(family, classes, task)
@@ -112,15 +108,32 @@ def load_model(config: ModelConfig, classes: Sequence[str] | None = None, task: 
     return FoundationModel(lm.to(device))
 
 
+def check_family(config: ModelConfig, task: Task) -> None:
+    """Check, from its config alone, that a model is of a known family for the task. Raises: ModelError."""
+    path = model_path(config, task)
+    with _reading(path, "model"), _quietly():
+        _check_family_task(family_of(AutoConfig.from_pretrained(path, **_where(config, path))), task)
+
+
+def _where(config: ModelConfig, path: str) -> dict[str, Any]:
+    """Return how transformers is to look for a model."""
+    return {"local_files_only": Path(path).is_dir(), "revision": config.revision, "trust_remote_code": False}
+
+
+def _check_family_task(family: Family, task: Task) -> None:
+    if task != family.task:
+        others = ", ".join(name for name in families() if load_family(name).task == task)
+        raise ModelError(
+            f"{family.model_type} models are for {family.task.replace('_', ' ')}, but data.task is {task!r}; set "
+            f"data.task={family.task}, or choose a model of another family (for {task}: {others})"
+        )
+
+
 def _check_task(family: Family, classes: Sequence[str] | None, task: Task | None) -> None:
     """Check that the family is for the task, and is given classes if that needs them. Raises: ModelError."""
     words = family.task.replace("_", " ")
-    if task is not None and task != family.task:
-        others = ", ".join(name for name in families() if load_family(name).task == task)
-        raise ModelError(
-            f"{family.model_type} models are for {words}, but data.task is {task!r}; set data.task={family.task}, or "
-            f"choose a model of another family (for {task}: {others})"
-        )
+    if task is not None:
+        _check_family_task(family, task)
     if classes is None and family.head is not None:
         raise ModelError(f"{family.model_type} models are for {words} and need the names of classes; none were given")
     if classes is not None and family.head is None:

@@ -120,6 +120,9 @@ def read_adapter(path: str | Path) -> tuple[AdapterSettings, dict[str, torch.Ten
         tensors = safetensors.torch.load_file(file)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} cannot be read ({' '.join(str(error).split())}); copy the whole folder") from None
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{file}: {name!r} holds values that are not finite; the adapter is damaged")
     facts = _facts(tensors)
     for key, found in facts.items():
         if getattr(settings, key) != found:

@@ -23,6 +23,7 @@ from typing import Any, final
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from emberfed.errors import ConfigError, ModelError, closest
 from emberfed.models import head as heads
@@ -57,9 +58,9 @@ def num_experts(tensors: Mapping[str, torch.Tensor]) -> int:
 def check_top_k(top_k: int, tensors: Mapping[str, torch.Tensor]) -> None:
     """Check K of an adapter. Raises: ConfigError if it is not from 1 to M."""
     experts = num_experts(tensors)
-    if not 1 <= top_k <= experts:
+    if type(top_k) is not int or not 1 <= top_k <= experts:
         raise ConfigError(
-            f"adapter_top_k {top_k} is impossible: the sparse adapter has {experts} experts in a layer; choose 1 to "
+            f"adapter_top_k {top_k!r} is impossible: the sparse adapter has {experts} experts in a layer; choose 1 to "
             f"{experts}"
         )
 
@@ -107,6 +108,8 @@ class Site:
 
         Raises: ModelError if the model is of no known family, or not built as its family's record says.
         """
+        if not isinstance(lm, PreTrainedModel):
+            raise ModelError(f"a sparse adapter is loaded into a model of transformers, found {type(lm).__name__}")
         family = family_of(lm.config)
         hosts = hosts_of(lm, family)
         head = None if family.head is None else part(lm, family.head)

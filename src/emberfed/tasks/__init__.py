@@ -78,6 +78,10 @@ class Task(ABC):
         """Return records as examples; `where` says whose they are. Raises: DataError."""
 
     @abstractmethod
+    def longest(self, config: Any, evaluation: EvaluationConfig) -> tuple[int, str]:
+        """Return the positions that an input may take, and the keys they are set by; 0 where the model fixes them."""
+
+    @abstractmethod
     def forward(self, model: FoundationModel, batch: Any, router_aux_loss_coef: float = 0.0) -> Pass:
         """Run the model on a batch of the task's shards."""
 

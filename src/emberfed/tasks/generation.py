@@ -21,7 +21,7 @@ from emberfed.data.tokenise import IGNORED, ResponseBatch, ResponseShard, check_
 from emberfed.evaluation import EvaluationConfig, Score, Scores, evaluate
 from emberfed.models.config import ModelConfig
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.models.loading import load_model, load_tokenizer
+from emberfed.models.loading import check_family, load_model, load_tokenizer
 from emberfed.seeds import Seeds
 from emberfed.tasks import Pass, Progress, Task
 
@@ -35,6 +35,7 @@ class Generation(Task):
 
     def processor(self, config: ModelConfig) -> Any:
         """Load the tokenizer."""
+        check_family(config, "generation")
         return load_tokenizer(config)
 
     def corpus(self, config: DataConfig, seeds: Seeds) -> Corpus:
@@ -52,6 +53,10 @@ class Generation(Task):
     ) -> ResponseShard:
         """Tokenise records."""
         return tokenise(records, processor, config, where)
+
+    def longest(self, config: DataConfig, evaluation: EvaluationConfig) -> tuple[int, str]:
+        """Count a prompt and its answer."""
+        return config.max_length + evaluation.max_new_tokens, "data.max_length + evaluation.max_new_tokens ="
 
     def forward(self, model: FoundationModel, batch: ResponseBatch, router_aux_loss_coef: float = 0.0) -> Pass:
         """Return the cross-entropy of the response tokens.

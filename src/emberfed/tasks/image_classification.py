@@ -46,6 +46,10 @@ class ImageClassification(Task):
         """Read images in the model's size."""
         return encode_images(records, processor, classes, where)
 
+    def longest(self, config: ImageDataConfig, evaluation: EvaluationConfig) -> tuple[int, str]:
+        """Say nothing: images are made of one size."""
+        return 0, ""
+
     def forward(self, model: FoundationModel, batch: ImageBatch, router_aux_loss_coef: float = 0.0) -> Pass:
         """Return the cross-entropy of the classes."""
         return classified(model, batch, self.work(model, batch))

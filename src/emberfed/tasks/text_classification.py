@@ -17,7 +17,7 @@ from emberfed.evaluation import EvaluationConfig, Score, Scores
 from emberfed.evaluation import classes as choosing
 from emberfed.models.config import ModelConfig
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.models.loading import load_model, load_tokenizer, model_path
+from emberfed.models.loading import check_family, load_model, load_tokenizer
 from emberfed.seeds import Seeds
 from emberfed.tasks import Pass, Progress, Task, classified
 
@@ -31,8 +31,7 @@ class TextClassification(Task):
 
     def processor(self, config: ModelConfig) -> Any:
         """Load the tokenizer."""
-        if config.tokenizer is None:
-            model_path(config, "text_classification")  # none comes with the package
+        check_family(config, "text_classification")
         return load_tokenizer(config)
 
     def corpus(self, config: TextClassDataConfig, seeds: Seeds) -> Corpus:
@@ -50,6 +49,10 @@ class TextClassification(Task):
     ) -> TextShard:
         """Tokenise texts."""
         return tokenise_texts(records, processor, config, classes, where)
+
+    def longest(self, config: TextClassDataConfig, evaluation: EvaluationConfig) -> tuple[int, str]:
+        """Count a text."""
+        return config.max_length, "data.max_length"
 
     def forward(self, model: FoundationModel, batch: TextBatch, router_aux_loss_coef: float = 0.0) -> Pass:
         """Return the cross-entropy of the classes."""

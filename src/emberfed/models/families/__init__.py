@@ -195,6 +195,7 @@ class Family:
         pooler: From the model to the frozen linear layer in front of the head, if there is one.
         fresh: From the model to what else checkpoints may lack: like a head it is then drawn.
         embeddings: From the model to its embeddings, where there are others than `get_input_embeddings` says.
+        positions: From the model to the table of its positions' embeddings; None where any number of them goes.
         image: How an image becomes positions; None where the input is text.
         sizes: From the config to the part that says how large the layers are.
         parallel_residual: The config's attribute that says whether attention and MLP read the same input, if any does.
@@ -213,6 +214,7 @@ class Family:
     pooler: str | None = None
     fresh: str | None = None
     embeddings: tuple[str, ...] = ()
+    positions: str | None = None
     image: ImageInput | None = None
     sizes: str = ""
     parallel_residual: str | None = None

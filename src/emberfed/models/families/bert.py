@@ -15,4 +15,5 @@ FAMILY = Family(
     pooler="bert.pooler.dense",
     fresh="bert.pooler",
     embeddings=("bert.embeddings",),
+    positions="bert.embeddings.position_embeddings",
 )

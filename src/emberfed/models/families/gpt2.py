@@ -12,4 +12,5 @@ FAMILY = Family(
     attention_linears=AttentionLinears.fused("c_attn", "c_proj"),
     mlp_linears=("c_fc", "c_proj"),
     embeddings=("transformer.wte", "transformer.wpe"),
+    positions="transformer.wpe",
 )

@@ -13,4 +13,5 @@ FAMILY = Family(
     mlp_linears=("intermediate.dense", "output.dense"),
     head="classifier",
     embeddings=("roberta.embeddings",),
+    positions="roberta.embeddings.position_embeddings",
 )
