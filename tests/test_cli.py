@@ -21,6 +21,7 @@ from emberfed.cli.template import annotated
 from emberfed.errors import ConfigError, RoundFailed
 from emberfed.method import load_method, method_names
 from emberfed.sections import Section, parse_yaml
+from emberfed.tasks import task_names
 
 COMMANDS = (
     ("run",),
@@ -335,6 +336,15 @@ def test_options_are_read_from_the_class() -> None:
     assert (found["low"].default, found["plain"].default) == (0.5, None)
     assert kind(tuple[float, float]) == "list of float"
     assert kind(dict[str, int]) == "section"
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_init_writes_an_example_of_every_task(task: str, tmp_path: Path) -> None:
+    file = tmp_path / "fresh.yaml"
+    assert invoke("init", file, "--task", task).exit_code == 0
+    written = configuration.load(file)
+    assert written == configuration.load(configuration.example_path(task))
+    assert written.data.task == task
 
 
 def test_init_writes_the_quickstart_with_every_key_explained(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_command_prints_tables_and_json(values: dict[str, Any], tmp_path: Path) 
         "micro_batches": 2,
         "checkpointing": False,
         "anchored": False,
+        "adapter_top_k": 0,
     }
     assert small["recomputed_flops"] == 0 < small["memory"]["total_bytes"]
     again = json.loads(invoke("plan", file, "--json", "--set", "training.gradient_checkpointing=true").stdout)

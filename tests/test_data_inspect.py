@@ -43,7 +43,7 @@ def look(made: Partition) -> Inspection:
         client: tokenise(data.train.select(rows), tiny_tokenizer(), CONFIG, client)
         for client, rows in made.rows.items()
     }
-    return inspect(data, made, shards)
+    return inspect(data, made, shards, made.rows)
 
 
 def by_hand(kind: str = "iid", **parameters: str) -> Inspection:

@@ -217,7 +217,7 @@ def test_nothing_is_overwritten_or_left_behind(run_folder: Path, tmp_path: Path)
     for format in formats:
         with pytest.raises(RunFolderError, match="exists and is not an empty folder"):
             emberfed.export(run_folder, output=tmp_path / "taken", format=format)
-    with pytest.raises(ConfigError, match=r"export format 'onnx' is unknown; there are 'merged' and 'peft'"):
+    with pytest.raises(ConfigError, match=r"export format 'onnx' is unknown; there are 'adapter', 'merged' and 'peft'"):
         emberfed.export(run_folder, output=tmp_path / "new", format="onnx")  # type: ignore[arg-type]
     with pytest.raises(RunFolderError, match=r"has no round 7; it has 0, 1, 2"):
         emberfed.export(run_folder, output=tmp_path / "new", round=7)
@@ -315,7 +315,7 @@ def test_command(run_folder: Path, tmp_path: Path) -> None:
     assert document == {"run": str(run_folder), "format": "merged", "output": str(tmp_path / "a")}
     assert (tmp_path / "a" / "config.json").is_file()
     spoken = invoke("export", run_folder, "--output", tmp_path / "b")
-    assert spoken.stdout == f"peft written to {tmp_path / 'b'}\n"
+    assert spoken.stdout == f"adapter written to {tmp_path / 'b'}\n"
     refused = invoke("export", run_folder, "--output", tmp_path / "b", "--json")
     assert refused.exit_code == RunFolderError.exit_code
     assert "not an empty folder" in json.loads(refused.stdout)["error"]

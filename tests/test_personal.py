@@ -24,6 +24,7 @@ from emberfed import assembly, events, personal
 from emberfed.clients import Budget, Client
 from emberfed.config import parse
 from emberfed.metrics import CLASSIFICATION
+from emberfed.models.sparse_adapter import attached
 from emberfed.personal import worst_decile
 from emberfed.records import SCORES, Bundle, ClientFailed, Json, Payload, Reply
 
@@ -116,8 +117,6 @@ def test_before_any_training_it_is_the_base_model(vision: Vision, reference: Pat
 
 def test_a_clients_line_is_of_the_shared_experts_with_its_own_gate(vision: Vision, reference: Path) -> None:
     """Put together from the last round's state and what lies in the client's memory."""
-    from emberfed.models.sparse_adapter import attached
-
     material = assembly.gather(parse(values(vision)))
     shared = Bundle.open(reference / "rounds" / "0002" / "state.safetensors").tensors
     moved = []

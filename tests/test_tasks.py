@@ -298,7 +298,7 @@ def test_an_exported_adapter_opens_on_transformers_own_model(
     assert float((chosen == batch.labels).double().mean()) == pytest.approx(line["accuracy"])
 
 
-FORMATS = {"homolora": ("peft", "merged"), "fft_moe": ("adapter",), "dense_adapter": ("adapter",)}
+FORMATS = {"homolora": ("adapter", "peft", "merged"), "fft_moe": ("adapter",), "dense_adapter": ("adapter",)}
 FORMATS |= {"linear_probe": ("adapter",)}
 
 

@@ -164,7 +164,7 @@ def export(
     run: str | Path,
     *,
     output: str | Path,
-    format: Literal["peft", "adapter", "merged"] = "peft",
+    format: Literal["adapter", "peft", "merged"] = "adapter",
     round: int | None = None,
 ) -> Path:
     """Write a round's global model for other programs, and return the folder.
@@ -173,8 +173,9 @@ def export(
         run: The run's folder.
         output: The folder to write, absent or empty, not among a run's rounds. It appears only when all of it is
             written.
-        format: `peft` is a LoRA, for `PeftModel.from_pretrained`; `adapter` is an adapter beside the FFN (FFT-MoE,
-            dense adapter) or a head alone, for `emberfed.load_adapter`; `merged` is the base with the LoRA added to its
+        format: `adapter` is what was trained, in its own format: a LoRA as `peft`; an adapter beside the FFN (FFT-MoE,
+            dense adapter) or a head alone for `emberfed.load_adapter`. `peft` is a LoRA, for
+            `PeftModel.from_pretrained`; `merged` is the base with the LoRA added to its
             weights, a checkpoint for `AutoModelForCausalLM.from_pretrained`. Its numbers are in `model.dtype` of
             the run; 16-bit ones round what was added. A base that the run quantised is loaded unquantised for it.
         round: Which round; None: the newest whole one.
@@ -189,13 +190,10 @@ def export(
     check_free(target)
     _check_not_among_rounds(target)
     source, files = _exported(folder, _chosen_round(folder, round))
-    beside = sparse_adapter_files.is_ours(files[peft_layout.CONFIG_FILE])
-    if beside != (format == "adapter"):
+    if format != "adapter" and sparse_adapter_files.is_ours(files[peft_layout.CONFIG_FILE]):
         raise ConfigError(
-            f"{run} has an adapter beside the FFN, which is neither PEFT's nor can be merged; export it with format "
+            f"{run} has no LoRA: what it trained is not in PEFT's format and cannot be merged; export it with format "
             f"adapter"
-            if beside
-            else f"{run} has a LoRA, which is no adapter beside the FFN; export it with format peft or merged"
         )
     with storage.new_folder(target) as filled:
         if format != "merged":

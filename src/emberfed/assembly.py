@@ -152,7 +152,7 @@ def divide(config: RunConfig, seeds: Seeds) -> Divided:
     shards = {id_: shard(corpus.train.select(rows), id_) for id_, rows in training.items()}
     own = {id_: shard(corpus.train.select(rows), f"{id_} (kept apart)") for id_, rows in held_out.items()}
     test = shard(corpus.test, "test split")
-    return Divided(processor, corpus, divided, shards, own, test, inspect(corpus, divided, shards))
+    return Divided(processor, corpus, divided, shards, own, test, inspect(corpus, divided, shards, training))
 
 
 def _kept_apart(divided: Partition, share: float, seeds: Seeds) -> tuple[_Rows, _Rows]:

@@ -38,7 +38,10 @@ class Tier(Section):
     def _one_of_top_k_and_beta(self) -> Self:
         neither = self.top_k is None and self.beta is None
         if (self.top_k is None) == (self.beta is None) and not (neither and self.adapter_top_k is not None):
-            raise ValueError(f"tier {self.name!r} needs exactly one of top_k and beta")
+            raise ValueError(
+                f"tier {self.name!r} needs exactly one of top_k and beta (or adapter_top_k, where the method has an "
+                f"adapter beside the FFN)"
+            )
         return self
 
 

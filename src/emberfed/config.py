@@ -112,7 +112,24 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def quickstart_path() -> Path:
     """Return the path of the built-in quickstart's configuration."""
-    return Path(str(resources.files("emberfed") / "configs" / "quickstart.yaml"))
+    return example_path("generation")
+
+
+def example_path(task: str) -> Path:
+    """Return the path of the configuration that comes with the package for a task; the quickstart's is generation.
+
+    Raises: ConfigError listing what exists if the task is unknown.
+    """
+    if task not in _EXAMPLES:
+        raise ConfigError(f"unknown task {task!r}{closest(task, _EXAMPLES)} (there are {one_of(_EXAMPLES)})")
+    return Path(str(resources.files("emberfed") / "configs" / _EXAMPLES[task]))
+
+
+_EXAMPLES = {
+    "generation": "quickstart.yaml",
+    "image_classification": "images.yaml",
+    "text_classification": "texts.yaml",
+}
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:

@@ -45,7 +45,8 @@ def upload(trained: Mapping[str, Tensor], stats: FitStats, shard: Shard, given: 
     """
     ranks = {tensor.shape[-2] for name, tensor in trained.items() if name.endswith(".lora_A")}
     told = {**stats.json(), **({"rank": max(ranks)} if ranks else {})}
-    counts = {ACTIVATION_COUNTS: stats.counts_LE} if stats.counts_LE.numel() else {}
+    # Of one expert, which every token passes, there is nothing to count.
+    counts = {ACTIVATION_COUNTS: stats.counts_LE} if stats.counts_LE.shape[-1] > 1 and len(stats.counts_LE) else {}
     meta = {"examples": len(shard.examples), "tokens": stats.tokens, **given, "stats": told}
     return Bundle({**trained, **counts}, meta)
 

@@ -37,8 +37,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 class ExportFormat(StrEnum):
     """What `emberfed export` writes."""
 
-    peft = "peft"
     adapter = "adapter"
+    peft = "peft"
     merged = "merged"
 
 
@@ -170,14 +170,14 @@ def export(
     format: Annotated[
         ExportFormat,
         typer.Option(
-            help="peft: the LoRA, for PEFT. adapter: an adapter beside the FFN, for emberfed.load_adapter. merged: the "
-            "base with the LoRA in it, for transformers."
+            help="adapter: what was trained, in its own format (a LoRA in PEFT's, else for emberfed.load_adapter). "
+            "peft: the LoRA, for PEFT. merged: the base with the LoRA in it, for transformers."
         ),
-    ] = ExportFormat.peft,
+    ] = ExportFormat.adapter,
     round: Annotated[int | None, typer.Option(min=0, help="Which round; none: the newest.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write what was trained for other programs: as a PEFT adapter, or merged into a Hugging Face checkpoint."""
+    """Write what was trained for other programs: an adapter, or merged into a Hugging Face checkpoint."""
     with output(as_json).errors():
         from emberfed import api
         from emberfed.cli.stopping import Stop
@@ -327,9 +327,12 @@ def doctor(config: Config = None, overrides: Overrides = None, as_json: AsJson =
 @app.command(epilog="Example: emberfed init federation.yaml")
 def init(
     file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")] = Path("emberfed.yaml"),
+    task: Annotated[
+        str, typer.Option(help="generation (the quickstart), image_classification or text_classification.")
+    ] = "generation",
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented configuration to start from: the quickstart with every key."""
+    """Write a commented configuration to start from, with every key: the quickstart, or an example of another task."""
     with output(as_json).errors():
         from emberfed import config as configuration
         from emberfed import storage
@@ -337,5 +340,6 @@ def init(
 
         if file.exists():
             raise ConfigError(f"{file} exists and is left as it is; give another name")
-        storage.write(file, annotated(configuration.load(None), str(file)).encode())
+        example = configuration.load(configuration.example_path(task))
+        storage.write(file, annotated(example, str(file), task).encode())
         output(as_json).result({"config": str(file)}, Text(f"{file} written; run it with: emberfed run {file}"))

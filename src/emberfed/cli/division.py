@@ -86,9 +86,15 @@ def _loading(inspection: Inspection) -> Text:
         "resized": "Resized: of another size than the model's.",
     }
     counted = inspection.clients[0].report.json()
+    kept = sum(data.kept_apart for data in inspection.clients)
     lines = [
         f"{numbers.count(load.read)} records read as {load.format}: {numbers.count(load.train)} to train on, "
         f"{numbers.count(load.test)} held out; left out: {reasons or 'none'}.",
+        *(
+            [f"Of those to train on, clients keep {numbers.count(kept)} for evaluating their own models."]
+            if kept
+            else []
+        ),
         *(meaning for name, meaning in meanings.items() if name in counted),
         "Skew: distance between a client's labels and everybody's, from 0 to 1.",
     ]

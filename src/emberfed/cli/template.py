@@ -12,7 +12,7 @@ from emberfed.config import RunConfig
 from emberfed.sections import Section
 
 _HEAD = """\
-# A configuration of emberfed: the built-in quickstart with every key and its value.
+# A configuration of emberfed: {what} with every key and its value.
 # Run it:                 emberfed run {name}
 # Change one key:         emberfed run {name} --set training.rounds=5
 # See the data divided:   emberfed data inspect {name}
@@ -30,9 +30,10 @@ _NAMED = {
 }
 
 
-def annotated(config: RunConfig, name: str) -> str:
-    """Return the configuration as YAML with comments; `name` is the file it will be in."""
-    parts = [_HEAD.format(name=name)]
+def annotated(config: RunConfig, name: str, task: str = "generation") -> str:
+    """Return the configuration as YAML with comments; `name` is the file it will be in, `task` what it is of."""
+    what = "the built-in quickstart" if task == "generation" else f"an example of {task.replace('_', ' ')}"
+    parts = [_HEAD.format(name=name, what=what)]
     for section, values in config.values().items():
         found = getattr(config, section, None)
         if isinstance(found, Section):

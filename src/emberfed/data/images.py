@@ -153,6 +153,8 @@ def load_images(config: ImageDataConfig, seeds: Seeds) -> Corpus:
             f"{config.test_size} leaves none to train on; lower it or give more data"
         )
     chosen = source.records.select(rows[order])
+    if config.label not in chosen.column_names:  # by which a partition may ask for the classes
+        chosen = chosen.add_column(config.label, chosen["category"])
     train, test = chosen.select(range(config.test_size, len(order))), chosen.select(range(config.test_size))
     check_learnable(source.classes, train["category"], test["category"], f"data {config.path}")
     report = LoadReport(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -20,12 +20,14 @@ class ClientData:
     Attributes:
         client: Its id.
         report: What making its shard kept and cut.
+        kept_apart: Examples it keeps for evaluating its own model; they are in none of the other figures.
         labels: Examples by the value of the column that the partition divides by, else by category.
         skew: Total variation distance between the client's labels and everybody's, 0 (the same) to 1 (disjoint).
     """
 
     client: str
     report: Report
+    kept_apart: int
     labels: Mapping[str, int]
     skew: float
 
@@ -41,7 +43,13 @@ class Inspection:
     def clients_json(self) -> dict[str, Any]:
         """Return each client's figures by id."""
         return {
-            data.client: {**data.report.json(), "labels": dict(data.labels), "skew": data.skew} for data in self.clients
+            data.client: {
+                **data.report.json(),
+                "kept_apart": data.kept_apart,
+                "labels": dict(data.labels),
+                "skew": data.skew,
+            }
+            for data in self.clients
         }
 
     def totals_json(self) -> dict[str, Any]:
@@ -55,15 +63,26 @@ class Inspection:
         return {"totals": self.totals_json(), "clients": self.clients_json()}
 
 
-def inspect(corpus: Corpus, divided: Partition, shards: Mapping[str, Shard]) -> Inspection:
-    """Describe a partition."""
+def inspect(
+    corpus: Corpus, divided: Partition, shards: Mapping[str, Shard], training: Mapping[str, Sequence[int]]
+) -> Inspection:
+    """Describe a partition.
+
+    Args:
+        corpus: All records.
+        divided: Who holds which.
+        shards: What each client trains on.
+        training: The rows of these; what a client holds besides, it keeps apart.
+    """
     values = [str(value) for value in corpus.train[_label_column(divided)]]
     everybody = Counter(values)
     clients = []
     for client, rows in divided.rows.items():
-        labels = Counter(values[row] for row in rows)
+        trained = training[client]
+        labels = Counter(values[row] for row in trained)
         named = {label: labels[label] for label in sorted(everybody) if labels[label]}
-        clients.append(ClientData(client, shards[client].report, named, total_variation(labels, everybody)))
+        skew, kept = total_variation(labels, everybody), len(rows) - len(trained)
+        clients.append(ClientData(client, shards[client].report, kept, named, skew))
     return Inspection(corpus.report, tuple(clients))
 
 

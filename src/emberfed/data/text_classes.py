@@ -101,7 +101,8 @@ def load_texts(config: TextClassDataConfig, seeds: Seeds) -> Corpus:
     classes. The shuffle is drawn from `seeds`.
 
     Returns:
-        Records with columns `text`, `category` (the class's name), and the source's scalar ones.
+        Records with columns `text`, `category` and that of the label (both the class's name), and the source's scalar
+        ones.
 
     Raises:
         DataError: if the texts cannot be found or read, have no classes or one, if there are too few, or if none of
@@ -135,7 +136,8 @@ def load_texts(config: TextClassDataConfig, seeds: Seeds) -> Corpus:
         if isinstance(feature, datasets.Value) and name not in (config.text, config.label, "text", "category")
     ]
     taken = raw.select([rows[i] for i in order])
-    own = {"text": list(taken[config.text]), "category": [names[rows[i]] for i in order]}
+    classed = [names[rows[i]] for i in order]
+    own = {"text": list(taken[config.text]), "category": classed, config.label: classed}
     chosen = datasets.Dataset.from_dict({**own, **{name: list(taken[name]) for name in scalars}})
     train, test = chosen.select(range(config.test_size, len(order))), chosen.select(range(config.test_size))
     classes = declared(raw, config.label, names)

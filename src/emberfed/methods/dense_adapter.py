@@ -68,12 +68,11 @@ class DenseAdapter(Method):
     paper = "He et al.: Towards a Unified View of Parameter-Efficient Transfer Learning"
     Config = DenseAdapterMethodConfig
     AdapterConfig = DenseAdapterConfig
-    experts = "adapter"
 
     def init(self, model: FoundationModel, budgets: Sequence[Budget], seeds: Seeds) -> Bundle:
         """Start from an adapter that changes nothing."""
         tensors = sparse_adapter.initial(model, self.adapter.as_sparse(), seeds.torch("adapter"))
-        return Bundle(tensors, federated_adapter.layout(tensors))
+        return Bundle(tensors, {"sparse_layers": [], "num_experts": 0})
 
     def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:
         """Send the whole adapter, whose one expert is always active."""
@@ -81,7 +80,7 @@ class DenseAdapter(Method):
         return Payload(round, client.id, Bundle(federated.adapter_of(state.tensors), meta))
 
     def expects(self, state: Bundle, download: Payload) -> Mapping[str, TensorSpec]:
-        """Every tensor of the adapter, and how many tokens passed it."""
+        """Every tensor of the adapter."""
         return federated.specs(download.content.tensors, state.meta)
 
     def fit(

@@ -8,8 +8,8 @@ adapter.remove()
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, final
 
@@ -47,6 +47,7 @@ class AdapterSettings(Section):
         activation: What is between an expert's two matrices.
         layers: The layers it stands in.
         head: Whether it has a classifier's head.
+        classes: Names of its classes in the order of their numbers; empty without a head.
         top_k: K where nothing else is asked for.
     """
 
@@ -60,6 +61,7 @@ class AdapterSettings(Section):
     activation: Activation
     layers: tuple[int, ...]
     head: bool
+    classes: tuple[str, ...] = ()
     top_k: int = Field(ge=1)
 
 
@@ -86,6 +88,7 @@ def to_files(
         hidden_size=model.shape.hidden,
         activation=activation,
         top_k=top_k,
+        classes=_classes(model) if any(map(heads.is_head, tensors)) else (),
         **_facts(tensors),
     )
     stored = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(tensors.items())}
@@ -135,7 +138,11 @@ def read_adapter(path: str | Path) -> tuple[AdapterSettings, dict[str, torch.Ten
 
 @final
 class LoadedAdapter:
-    """An adapter that a model computes with until it is removed; also a context manager, which removes it."""
+    """An adapter that a model computes with until it is removed; also a context manager, which removes it.
+
+    Attributes:
+        settings: What the folder says of it.
+    """
 
     def __init__(self, adapter: SparseAdapter, settings: AdapterSettings, attachment: ExitStack) -> None:
         """Hold an adapter that is attached, and what takes it off."""
@@ -170,7 +177,8 @@ def load_adapter(model: Any, path: str | Path, top_k: int | None = None) -> Load
         top_k: K, from 1 to M; None is the folder's own.
 
     Returns:
-        The attached adapter: `remove()` it, or use it as a context manager.
+        The attached adapter: `remove()` it, or use it as a context manager. The model keeps it, whether or not you do.
+        While it is there, the config of a model with its head has the names of its classes.
 
     Raises:
         ModelError: if the folder is not a sparse adapter, does not fit the model, or the model has one already.
@@ -189,11 +197,50 @@ def load_adapter(model: Any, path: str | Path, top_k: int | None = None) -> Load
                     f"the adapter in {path} was made for {what} {wanted}, but this model's is {found}; load "
                     f"{settings.base_model or 'the model it was made for'}"
                 )
+        _check_head(settings, site, path)
         chosen = settings.top_k if top_k is None else top_k
         adapter = stack.enter_context(attached_at(site, tensors, chosen, settings.activation))
         for parameter in adapter.parameters.values():
             parameter.requires_grad_(False)
-        return LoadedAdapter(adapter, settings, stack.pop_all())
+        lm = model.lm if is_ours else model
+        stack.enter_context(_named_classes(lm, settings.classes))
+        loaded = LoadedAdapter(adapter, settings, stack.pop_all())
+        # Who lets go of the handle does not mean to take the adapter off.
+        object.__setattr__(lm, _KEPT, loaded)
+        return loaded
+
+
+_KEPT = "emberfed_adapter"
+
+
+@contextmanager
+def _named_classes(lm: Any, classes: Sequence[str]) -> Iterator[None]:
+    """Let the model's config name the adapter's classes inside the context, where it has a head for them."""
+    if not classes:
+        yield
+        return
+    before = lm.config.id2label, lm.config.label2id
+    lm.config.id2label = dict(enumerate(classes))
+    lm.config.label2id = {name: number for number, name in enumerate(classes)}
+    try:
+        yield
+    finally:
+        lm.config.id2label, lm.config.label2id = before
+
+
+def _classes(model: FoundationModel) -> tuple[str, ...]:
+    names = model.lm.config.id2label
+    return tuple(str(names[number]) for number in sorted(names))
+
+
+def _check_head(settings: AdapterSettings, site: Site, path: str | Path) -> None:
+    """Check that the model tells apart as many classes as the adapter's head. Raises: ModelError."""
+    found = None if site.head is None else [*site.head.parameters()][-1].shape[0]
+    if settings.classes and found is not None and found != len(settings.classes):
+        raise ModelError(
+            f"the adapter in {path} has a head for {len(settings.classes)} classes, but this model's is for {found}; "
+            f"load the model with num_labels={len(settings.classes)}"
+        )
 
 
 def _facts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from emberfed.report import figures, numbers, tables
@@ -70,7 +70,7 @@ def _run(run: RunFolder, identifier: str, heading: str) -> Html:
         "Quality": _quality(run, identifier),
         **({"Clients’ own models": _personal(run, identifier)} if run.personal or run.personal_summaries else {}),
         "Local training": _training(run, identifier),
-        "Experts of the adapter" if run.info.experts == "adapter" else "Experts": _experts(run, identifier),
+        **_experts(run, identifier),
         "Data": _data(run, identifier),
         "Costs": _costs(run, identifier),
         "Failures and events": _failures(run),
@@ -235,11 +235,13 @@ def _training(run: RunFolder, identifier: str) -> Html:
     return join([curves, details(f"Every client in round {last}", tables.clients(run, last))])
 
 
-def _experts(run: RunFolder, identifier: str) -> Html:
+def _experts(run: RunFolder, identifier: str) -> Mapping[str, Html]:
+    """Return the section by its heading; none where clients trained and there were no experts to count."""
     last = last_round_with_counts(run)
-    if last is None:
-        return _missing("No client has counted expert activations yet.")
-    return join([figures.activations(run, f"{identifier}-experts", last), tables.routing(run)])
+    heading = "Experts of the adapter" if run.info.experts == "adapter" else "Experts"
+    if last is not None:
+        return {heading: join([figures.activations(run, f"{identifier}-experts", last), tables.routing(run)])}
+    return {} if run.clients else {heading: _missing("No client has counted expert activations yet.")}
 
 
 def _data(run: RunFolder, identifier: str) -> Html:
