@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from builders import tiny_family_lm
+from builders import CLASSES, tiny_family_lm
 from test_models_sparse_adapter import all_hooks, fresh, inputs, loud, model_of
 
 import emberfed
@@ -177,3 +178,37 @@ def test_an_adapter_of_another_model_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(EmberfedError, match=r"head\.bias' has no place"):
         save_adapter(tmp_path / "adapter", tensors, model_of(), "gelu", 2)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_it_stays_on_a_model_that_nobody_holds_the_handle_of(tmp_path: Path) -> None:
+    plain = tiny_family_lm("llama")
+    given = inputs(model_of("llama"))
+    base, keys = logits_of(plain, given), set(vars(plain))
+    load_adapter(plain, saved(tmp_path / "adapter"))
+    gc.collect()
+    assert not torch.allclose(logits_of(plain, given), base)
+    with pytest.raises(ModelError, match="has one already|already"):
+        load_adapter(plain, tmp_path / "adapter")
+    plain.emberfed_adapter.remove()
+    assert torch.equal(logits_of(plain, given), base)
+    assert set(vars(plain)) == keys
+
+
+def test_the_models_config_names_the_adapters_classes_while_it_is_there(tmp_path: Path) -> None:
+    plain = tiny_family_lm("vit")
+    before = dict(plain.config.id2label)
+    folder = saved(tmp_path / "adapter", "vit")
+    assert json.loads((folder / CONFIG_FILE).read_text())["classes"] == list(CLASSES)
+    with load_adapter(plain, folder):
+        assert plain.config.id2label == dict(enumerate(CLASSES))
+        assert plain.config.label2id[CLASSES[1]] == 1
+    assert plain.config.id2label == before
+
+
+def test_a_head_for_another_number_of_classes_says_how_to_load_the_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", "vit")
+    plain = tiny_family_lm("vit", num_labels=len(CLASSES) + 2)
+    with pytest.raises(ModelError, match=rf"head for {len(CLASSES)} classes.*num_labels={len(CLASSES)}") as raised:
+        load_adapter(plain, folder)
+    assert "\n" not in str(raised.value)
+    assert "emberfed_adapter" not in vars(plain)

@@ -97,7 +97,7 @@ def _chooses(config: RunConfig) -> tuple[FoundationModel, str]:
     shard = task.shard(corpus.test.select([0]), processor, section, corpus.classes, "test split")
     with torch.inference_mode():
         task.forward(model, shard.collate(shard.examples).to(model.device))
-    return model, f"tells {len(corpus.classes)} classes apart"
+    return model, f"has a head for {len(corpus.classes)} classes and runs"
 
 
 def _system() -> str:

@@ -177,7 +177,7 @@ def load_adapter(model: Any, path: str | Path, top_k: int | None = None) -> Load
         top_k: K, from 1 to M; None is the folder's own.
 
     Returns:
-        The attached adapter: `remove()` it, or use it as a context manager. The model keeps it, whether or not you do.
+        The attached adapter: `remove()` it, or use it as a context manager. The model keeps it as `emberfed_adapter`.
         While it is there, the config of a model with its head has the names of its classes.
 
     Raises:
@@ -204,9 +204,9 @@ def load_adapter(model: Any, path: str | Path, top_k: int | None = None) -> Load
             parameter.requires_grad_(False)
         lm = model.lm if is_ours else model
         stack.enter_context(_named_classes(lm, settings.classes))
+        stack.callback(vars(lm).pop, _KEPT, None)
         loaded = LoadedAdapter(adapter, settings, stack.pop_all())
-        # Who lets go of the handle does not mean to take the adapter off.
-        object.__setattr__(lm, _KEPT, loaded)
+        vars(lm)[_KEPT] = loaded  # who lets go of it does not mean to take the adapter off
         return loaded
 
 
