@@ -210,10 +210,17 @@ def _overhead(seconds: float, whole: float) -> str:
 
 def tier_costs(run: RunFolder) -> Html:
     """What one client of each tier costs in one round, on average."""
-    headers = ["Tier", "Clients", "Replies", "Examples", "Tokens", "Time", "Computation", "Computation per token"]
+    counted = _counted(run)
+    headers = ["Tier", "Clients", "Replies", "Examples", f"{counted.title()}s", "Time", "Computation"]
+    headers += [f"Computation per {counted}"]
     headers += ["Received", "Sent", "Peak memory (largest)", "Experts touched", "Loss, first step to last"]
     rows = [_tier_row(tier, lines) for tier in tiers_of(run) if (lines := clients_at(run, tier))]
     return table("Costs of one client in one round, mean by tier", headers, rows)
+
+
+def _counted(run: RunFolder) -> str:
+    """Return what clients' work is counted in; an image has positions, which nobody calls tokens."""
+    return "token" if run.headline == metrics.GENERATION else "position"
 
 
 def _tier_row(tier: TierView, lines: Sequence[ClientRound]) -> list[str]:
@@ -237,16 +244,9 @@ def _tier_row(tier: TierView, lines: Sequence[ClientRound]) -> list[str]:
 
 def clients(run: RunFolder, number: int) -> Html:
     """Every client's work in one round."""
-    headers = [
-        "Client",
-        "Tier",
-        "Examples",
-        "Steps",
-        "Tokens",
-        "Target tokens",
-        "Loss, first step to last",
-        "Mean loss",
-    ]
+    counted = _counted(run)
+    headers = ["Client", "Tier", "Examples", "Steps", f"{counted.title()}s"]
+    headers += ["Target tokens" if counted == "token" else "Targets", "Loss, first step to last", "Mean loss"]
     headers += ["Time", "Computation", "Received", "Sent", "Peak memory", "Experts touched"]
     rows = [
         [
@@ -271,16 +271,19 @@ def partition(run: RunFolder) -> Html:
     """Every client's examples, target tokens and labels."""
     shards = run.partition.clients
     labels = sorted({label for shard in shards.values() for label in shard.labels}, key=natural_order)
+    told = any(not math.isnan(shard.target_tokens) for shard in shards.values())
     rows = [
         [
             name,
             numbers.count(shards[name].examples),
-            numbers.count(shards[name].target_tokens),
+            *([numbers.count(shards[name].target_tokens)] if told else []),
             *(numbers.count(shards[name].labels.get(label, 0)) for label in labels),
         ]
         for name in sorted(shards, key=natural_order)
     ]
-    return table("Examples of each client by label", ["Client", "Examples", "Target tokens", *labels], rows)
+    return table(
+        "Examples of each client by label", ["Client", "Examples", *(["Target tokens"] if told else []), *labels], rows
+    )
 
 
 def losses_of_clients(run: RunFolder) -> Html:
