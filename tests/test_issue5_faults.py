@@ -233,7 +233,7 @@ def test_files_of_texts_are_clients(bert: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"task": "text_classification", "path": str(tmp_path), "test_size": 2}
     corpus = load_texts(TextClassDataConfig(**keys), Seeds(0))
-    assert set(corpus.train.column_names) == {"text", "category", "client"}
+    assert set(corpus.train.column_names) == {"text", "category", "label", "client"}
     assert all(record["text"].startswith(record["client"]) for record in corpus.train)
 
 
