@@ -135,6 +135,17 @@ def _counts_problem(content: Bundle) -> str | None:
     return None
 
 
+def survey_problem(reply: Reply, round: int, specs: Mapping[str, TensorSpec]) -> str | None:
+    """Return what is wrong with a survey, or None."""
+    try:
+        payload = Payload.from_bytes(reply.upload)
+    except EmberfedError as error:
+        return str(error)
+    if (payload.client, payload.round) != (reply.client, round):
+        return f"payload says it comes from {payload.client!r} in round {payload.round}"
+    return _tensor_problem(payload.content.tensors, specs)
+
+
 def scores_problem(reply: Reply, round: int, clients: Collection[str], headline: Metric) -> str | None:
     """Return what is wrong with the answer to an assessment, or None: nobody's mean may be spoiled by one client.
 

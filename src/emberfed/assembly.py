@@ -293,7 +293,7 @@ def federate(
         rounds=config.training.rounds,
         seeds=seeds,
         method=method,
-        engine=config.engine_type(config.engine, worker.answer),
+        engine=config.engine_type(config.engine, worker),
         model=material.model,
         task=task,
         processor=material.processor,
@@ -336,6 +336,10 @@ def partition_record(material: Material) -> dict[str, Json]:
     }
 
 
+_LIMITS = ("rank", "adapter_top_k", "tuned_experts", "held_experts")
+"""What a tier may limit besides K."""
+
+
 def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json]:
     """Return what run.json keeps: versions, seeds, hardware, model, data, tiers, the method's paper."""
     share = {tier.name: tier.share for tier in config.clients.tiers}
@@ -363,7 +367,8 @@ def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json
                 "name": budget.tier,
                 "top_k": budget.top_k,
                 "share": share[budget.tier],
-                **{key: value for key in ("rank", "adapter_top_k") if (value := getattr(budget, key)) is not None},
+                **{key: value for key in _LIMITS if (value := getattr(budget, key)) is not None},
+                **({} if budget.device is None else {"device": budget.device.model_dump(mode="json")}),
             }
             for budget in material.budgets
         ],

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, final
 
 from emberfed import plugins
-from emberfed.records import Assessment, ClientFailed, Job, Reply
+from emberfed.records import ClientFailed, Question, Reply
 from emberfed.sections import Section
 
-Answer = Callable[[Job | Assessment], Reply | ClientFailed]
-"""What a client does with a job: `worker.Worker.answer`."""
+
+class Clients(Protocol):
+    """The clients as an engine sees them: `worker.Worker`."""
+
+    def answer(self, question: Question, /) -> Reply | ClientFailed:
+        """Answer as the client that is asked."""
+        ...
+
+    def idle(self, question: Question, /) -> None:
+        """Do what that client does once its answer is out, while the server goes on. Raises: StorageError."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class IdleTime:
+    """What clients did while the server went on.
+
+    Attributes:
+        work_seconds: How long they worked.
+        waited_seconds: How much of that the server waited for, before it could ask them again.
+    """
+
+    work_seconds: float = 0.0
+    waited_seconds: float = 0.0
 
 
 class Engine(ABC):
@@ -23,20 +47,25 @@ class Engine(ABC):
 
     Config: ClassVar[type[Section]]
 
-    def __init__(self, config: Any, answer: Answer) -> None:
-        """Take the checked section, an instance of `Config`, and what a client does with a job."""
+    def __init__(self, config: Any, clients: Clients) -> None:
+        """Take the checked section, an instance of `Config`, and the clients."""
         self.config = config
-        self.answer = answer
+        self.clients = clients
 
     @abstractmethod
-    def map(self, jobs: Iterable[Job | Assessment]) -> Iterator[Reply | ClientFailed]:
-        """Run the jobs; replies come in any order. A failure is a value: not an exception, not silence.
+    def map(self, questions: Iterable[Question]) -> Iterator[Reply | ClientFailed]:
+        """Ask; replies come in any order. A failure is a value: not an exception, not silence.
 
-        `jobs` is taken lazily, so that downloads of many clients need not sit in memory together.
+        `questions` is taken lazily, so that downloads of many clients need not sit in memory together. Clients may go
+        on with idle work after the last reply; the next `map` waits for it.
         """
 
+    def take_idle(self) -> IdleTime:
+        """Return what clients did in idle time that is over, since it was last asked; nothing by default."""
+        return IdleTime()
+
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
-        """Release processes and connections; safe to call twice."""
+        """Release processes and connections; idle work may be left for later. Safe to call twice."""
 
 
 def engine_names() -> list[str]:

@@ -30,6 +30,19 @@ class Inbox:
         self._asked: dict[str, Asked] = {}
         self._bytes_down: dict[str, int] = {}
 
+    def excuse(self, client: str, reason: str) -> None:
+        """Ask a client nothing in this round, since it already failed."""
+        del self._cohort[client]
+        if self._records.pop(client, None) is not None:
+            self._partial.discard(client)
+        self.failed[client] = reason
+        self._listen(events.ClientDone(self._round, client, f"failed: {reason}"))
+
+    @property
+    def cohort(self) -> list[Client]:
+        """Clients that take part."""
+        return list(self._cohort.values())
+
     @property
     def waiting(self) -> list[Client]:
         """Clients that still have to train."""

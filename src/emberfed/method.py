@@ -36,6 +36,7 @@ class Method(ABC):
         Config: The options of the `method` section.
         AdapterConfig: The options of the `adapter` section.
         experts: Whose experts uploads' activation counts are of: the model's, or a sparse adapter's.
+        idles: Whether clients have work of their own to do after training, while the server goes on.
     """
 
     title: ClassVar[str]
@@ -43,6 +44,7 @@ class Method(ABC):
     Config: ClassVar[type[Section]]
     AdapterConfig: ClassVar[type[Section]]
     experts: ClassVar[Literal["model", "adapter"]] = "model"
+    idles: ClassVar[bool] = False
 
     def __init__(self, config: Any, adapter: Any, trainer: Trainer) -> None:
         """Take the checked sections, instances of `Config` and `AdapterConfig`, and the local training loop."""
@@ -56,6 +58,40 @@ class Method(ABC):
 
         Raises: ConfigError if the model or a budget does not go with the method's options.
         """
+
+    def unsurveyed(self, state: Bundle, cohort: Sequence[Client]) -> Sequence[Client]:
+        """Return those clients of a round's cohort whose data the server must hear of before it can dispatch; none."""
+        return ()
+
+    def survey_expects(self, state: Bundle) -> Mapping[str, TensorSpec]:
+        """Return every tensor that a client's survey must hold; anything else is refused."""
+        return {}
+
+    def survey(self, model: FoundationModel, client: Client, shard: Shard, memory: Bundle, seeds: Seeds) -> FitResult:
+        """Describe, on the client, its data to the server; the memory returned is kept for its first training.
+
+        Raises: ClientError if that cannot be done.
+        """
+        raise NotImplementedError(f"{self.title} asks no client for a survey")
+
+    def assign(self, state: Bundle, cohort: Sequence[Client], surveys: Sequence[Payload], round: int) -> Bundle:
+        """Return the state with what the server decides for a whole round: who of the cohort does what. Pure.
+
+        Args:
+            state: After the last round.
+            cohort: The clients that will train, sorted by id.
+            surveys: Those that came in, sorted by client id.
+            round: From 1.
+        """
+        return state
+
+    def idle(self, model: FoundationModel, client: Client, shard: Shard, memory: Bundle) -> Bundle:
+        """Do the client's idle work after training: return its memory with what comes of it. Pure and deterministic.
+
+        Nothing may be changed on `model`, which the server may be using at the same time. Once there is nothing left to
+        do, the memory comes back as it is.
+        """
+        return memory
 
     @abstractmethod
     def dispatch(self, state: Bundle, client: Client, round: int) -> Payload:

@@ -173,6 +173,23 @@ class Assessment:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Survey:
+    """The question before a client's first training, of methods that ask it: how does its data use the model's experts?
+
+    `round` is the one in which it is to train for the first time.
+    """
+
+    round: int
+    client: str
+    download: bytes
+
+
+Question = Job | Assessment | Survey
+"""What a client can be asked."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What an engine brings back for a job that ended well.
 

@@ -12,13 +12,14 @@ from emberfed import clients, costs, events, personal
 from emberfed.checkpoint import RunFolder
 from emberfed.clients import Budget, Client, ClientsConfig
 from emberfed.data.shard import Shard
-from emberfed.engine import Engine
+from emberfed.engine import Engine, IdleTime
 from emberfed.evaluation import EvaluationConfig
 from emberfed.inbox import Inbox
 from emberfed.method import Method
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Bundle, Json
 from emberfed.seeds import Seeds
+from emberfed.surveys import Surveys
 from emberfed.tasks import Task
 
 _OVERFLOW = "the model overflows: lower training.learning_rate, or use model.dtype bfloat16 or float32"
@@ -69,19 +70,32 @@ def run(federation: Federation, folder: RunFolder, listen: events.Listener = eve
         inbox = Inbox(round, cohort, folder.partial(round), _logged(folder, listen))
         resumed_seconds = _seconds(inbox.records)
         listen(events.RoundStarted(round, federation.rounds, len(inbox.waiting)))
+        state = _assigned(federation, state, inbox, round)
         for reply in federation.engine.map(inbox.jobs(method, state)):
             inbox.receive(reply)
         uploads = inbox.close(federation.participation.min_replies)
         state = method.aggregate(state, uploads)
         evaluations = _evaluate(federation, state, round, _logged(folder, listen)) if _due(federation, round) else []
         exported = method.export(state, model)
-        summary = _summary(round, inbox, evaluations, time.perf_counter() - started + resumed_seconds)
+        seconds = time.perf_counter() - started + resumed_seconds
+        summary = _summary(round, inbox, evaluations, seconds, federation.engine.take_idle())
         folder.commit(round, state, exported, [*evaluations, summary], inbox.records)
         if not federation.keep_uploads:
             folder.drop_uploads(round)
         listen(events.RoundDone(round, _quality(federation, evaluations), summary["seconds"]))
     folder.finish(max(done, federation.rounds))
     return state
+
+
+def _assigned(federation: Federation, state: Bundle, inbox: Inbox, round: int) -> Bundle:
+    """Ask clients for surveys where the method wants any, and let it decide who does what in this round."""
+    method = federation.method
+    surveys = Surveys(method.unsurveyed(state, inbox.cohort), method.survey_expects(state), round)
+    for reply in federation.engine.map(surveys.questions()):
+        surveys.receive(reply)
+    for client, reason in sorted(surveys.failed.items()):
+        inbox.excuse(client, reason)
+    return method.assign(state, inbox.cohort, surveys.payloads(), round)
 
 
 def _evaluate(federation: Federation, state: Bundle, round: int, listen: events.Listener) -> list[dict[str, Json]]:
@@ -178,8 +192,13 @@ def _logged(folder: RunFolder, listen: events.Listener) -> events.Listener:
     return hear
 
 
-def _summary(round: int, inbox: Inbox, evaluations: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Json]:
-    """Return the round's line for metrics.jsonl: counted work and bytes, measured seconds and memory."""
+def _summary(
+    round: int, inbox: Inbox, evaluations: Sequence[Mapping[str, Any]], seconds: float, idle: IdleTime
+) -> dict[str, Json]:
+    """Return the round's line for metrics.jsonl: counted work and bytes, measured seconds and memory.
+
+    Idle time is what clients did since the round before, and how much of it this round had to wait for.
+    """
     records = inbox.records
     training, evaluation = _seconds(records), _seconds([line for line in evaluations if "seconds" in line])
     examples = sum(record["examples"] for record in records)
@@ -196,6 +215,9 @@ def _summary(round: int, inbox: Inbox, evaluations: Sequence[Mapping[str, Any]],
         "training_seconds": training,
         "evaluation_seconds": evaluation,
         "overhead_seconds": seconds - training - evaluation,
+        **(
+            {"idle_seconds": idle.work_seconds, "idle_waited_seconds": idle.waited_seconds} if idle.work_seconds else {}
+        ),
         "bytes_down": sum(record["bytes_down"] for record in records),
         "bytes_up": sum(record["bytes_up"] for record in records),
         "flops": sum(record["flops"] for record in records),

@@ -15,7 +15,7 @@ from emberfed.errors import EmberfedError, RunFolderError, StorageError
 from emberfed.evaluation import Score, Scores
 from emberfed.method import Method
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.records import SCORES, Assessment, Bundle, ClientFailed, Job, Payload, Reply
+from emberfed.records import SCORES, Assessment, Bundle, ClientFailed, Job, Payload, Question, Reply, Survey
 from emberfed.seeds import Seeds
 
 
@@ -89,18 +89,37 @@ class Worker:
         self._seeds = seeds
         self._assess = assess
 
-    def answer(self, job: Job | Assessment) -> Reply | ClientFailed:
-        """Run the job; whatever goes wrong on the client becomes a value, except a full disk, which stops the run."""
+    def answer(self, question: Question) -> Reply | ClientFailed:
+        """Answer; whatever goes wrong on the client becomes a value, except a full disk, which stops the run."""
         try:
-            return self.assess(job) if isinstance(job, Assessment) else self.run(job)
+            if isinstance(question, Job):
+                return self.run(question)
+            return self.assess(question) if isinstance(question, Assessment) else self.survey(question)
         except StorageError:
             raise
         except EmberfedError as error:
-            return ClientFailed(job.round, job.client, str(error))
+            return ClientFailed(question.round, question.client, str(error))
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
-            return ClientFailed(job.round, job.client, f"{type(error).__name__} at {where}: {error}")
+            return ClientFailed(question.round, question.client, f"{type(error).__name__} at {where}: {error}")
+
+    def idle(self, question: Question) -> None:
+        """Let the client do what it does after training, while the server goes on, if the method has such work.
+
+        A client that cannot will say so when it is asked to train again, where the same work is then done.
+
+        Raises: StorageError.
+        """
+        if not (self._method.idles and isinstance(question, Job)):
+            return
+        try:
+            settled = self._settled(self._clients[question.client], question.round + 1)
+        except StorageError:
+            raise
+        except (EmberfedError, RuntimeError):
+            return
+        self._memory.write(question.client, question.round, settled)
 
     def run(self, job: Job) -> Reply:
         """Train one client for one round. Raises: ClientError, or whatever the method raises."""
@@ -109,20 +128,40 @@ class Worker:
         client = self._clients[job.client]
         seeds = self._seeds.at(round=job.round, client=job.client)
         with costs.measuring(self._model.device) as peak:
-            memory = self._memory.read(client.id, job.round)
+            memory = self._settled(client, job.round)
             result = self._method.fit(self._model, download, client, self._shards(client.id), memory, seeds)
             upload = Payload(job.round, client.id, result.upload).to_bytes()
         self._memory.write(client.id, job.round, result.memory)
         measured = {"seconds": time.perf_counter() - started, "peak_memory_bytes": float(peak.bytes)}
         return Reply(job.round, client.id, upload, measured)
 
+    def survey(self, question: Survey) -> Reply:
+        """Describe the client's data to the server. Raises: ClientError, or whatever the method raises."""
+        started = time.perf_counter()
+        client = self._clients[question.client]
+        seeds = self._seeds.at(round=question.round, client=question.client)
+        with costs.measuring(self._model.device) as peak:
+            memory = self._memory.read(client.id, question.round)
+            result = self._method.survey(self._model, client, self._shards(client.id), memory, seeds)
+            answer = Payload(question.round, client.id, result.upload).to_bytes()
+        self._memory.write(client.id, question.round - 1, result.memory)
+        measured = {"seconds": time.perf_counter() - started, "peak_memory_bytes": float(peak.bytes)}
+        return Reply(question.round, client.id, answer, measured)
+
     def assess(self, job: Assessment) -> Reply:
         """Score the client's own model on its own data. Raises: ClientError, or whatever the method raises."""
         started = time.perf_counter()
         download = Payload.from_bytes(job.download)
         client = self._clients[job.client]
-        memory = self._memory.read(client.id, job.round)
+        memory = self._settled(client, job.round)
         with self._method.personal(self._model, download, client, memory) as model:
             scores = self._assess(client.id, model)
         answer = Payload(job.round, client.id, Bundle(meta={SCORES: scores.overall.json()})).to_bytes()
         return Reply(job.round, client.id, answer, {"seconds": time.perf_counter() - started})
+
+    def _settled(self, client: Client, before_round: int) -> Bundle:
+        """Return what the client kept before a round, its idle work done if it was cut short."""
+        memory = self._memory.read(client.id, before_round)
+        if not (self._method.idles and (memory.tensors or memory.meta)):
+            return memory
+        return self._method.idle(self._model, client, self._shards(client.id), memory)

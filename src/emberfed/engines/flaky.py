@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from emberfed.engine import Engine
-from emberfed.records import Assessment, Bundle, ClientFailed, Job, Payload, Reply
+from emberfed.records import Assessment, Bundle, ClientFailed, Payload, Question, Reply
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
 
@@ -60,29 +60,35 @@ class FlakyEngine(Engine):
 
     Config = FlakyConfig
 
-    def map(self, jobs: Iterable[Job | Assessment]) -> Iterator[Reply | ClientFailed]:
-        """Run the jobs and spoil their replies as configured."""
+    def map(self, questions: Iterable[Question]) -> Iterator[Reply | ClientFailed]:
+        """Ask, and spoil the replies as configured."""
         config: FlakyConfig = self.config
-        replies = [spoiled for job in jobs for spoiled in self._answers(job)]
+        asked = []
+        replies: list[Reply | ClientFailed] = []
+        for question in questions:
+            asked.append(question)
+            replies += self._answers(question)
         if config.shuffle and replies:
             order = Seeds(config.seed).at(round=replies[0].round).numpy("flaky order").permutation(len(replies))
             replies = [replies[index] for index in order]
         for reply in replies:
             time.sleep(config.delay_seconds)
             yield reply
+        for question in asked:
+            self.clients.idle(question)
 
-    def _answers(self, job: Job | Assessment) -> list[Reply | ClientFailed]:
+    def _answers(self, question: Question) -> list[Reply | ClientFailed]:
         config: FlakyConfig = self.config
-        fault = config.faults.get(job.client)
-        if fault is None or (config.rounds and job.round not in config.rounds):
-            return [self.answer(job)]
-        if isinstance(job, Assessment) and fault in _OF_TENSORS:
-            return [self.answer(job)]  # its answer has none
+        fault = config.faults.get(question.client)
+        if fault is None or (config.rounds and question.round not in config.rounds):
+            return [self.clients.answer(question)]
+        if isinstance(question, Assessment) and fault in _OF_TENSORS:
+            return [self.clients.answer(question)]  # its answer has none
         if fault == "drop":
-            return [ClientFailed(job.round, job.client, "no reply (dropped by the flaky engine)")]
+            return [ClientFailed(question.round, question.client, "no reply (dropped by the flaky engine)")]
         if fault == "raise":
-            return [self.answer(replace(job, download=b"not a payload"))]
-        reply = self.answer(job)
+            return [self.clients.answer(replace(question, download=b"not a payload"))]
+        reply = self.clients.answer(question)
         if isinstance(reply, ClientFailed):
             return [reply]
         if fault == "twice":
