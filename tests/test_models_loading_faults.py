@@ -51,15 +51,15 @@ def with_change(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Ca
 EXPERT = "model.layers.0.mlp.experts.0.down_proj.weight"
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-def test_an_experts_weight_that_is_missing_or_misshapen(bits: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"expert_bits": 4}, {"expert_storage": "disk"}])
+def test_an_experts_weight_that_is_missing_or_misshapen(options: dict[str, Any], tmp_path: Path) -> None:
     folder = save_tiny_family("olmoe", tmp_path / "model")
     original = (folder / "model.safetensors").read_bytes()
     change_tensors(folder, without(EXPERT))
-    assert "model.layers.0.mlp.experts.down_proj" in refusal(folder, expert_bits=bits)
+    assert "model.layers.0.mlp.experts.down_proj" in refusal(folder, **options)
     (folder / "model.safetensors").write_bytes(original)
     change_tensors(folder, with_change(EXPERT, lambda weight: weight[:, :-1]))
-    assert "experts do not go together" in refusal(folder, expert_bits=bits)
+    assert "experts do not go together" in refusal(folder, **options)
 
 
 def test_tensors_that_have_no_place(tmp_path: Path) -> None:

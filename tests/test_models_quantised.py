@@ -21,12 +21,12 @@ from emberfed.models import lora
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.lora import LoraConfig
 from emberfed.models.quantised import (
-    EXPERT_WEIGHTS,
     Bits,
     QuantisedWeight,
     default_group_size,
     quantise_experts,
 )
+from emberfed.models.stacked import EXPERT_WEIGHTS
 
 BITS: tuple[Bits, ...] = (4, 8)
 both = pytest.mark.parametrize("bits", BITS)
@@ -241,7 +241,7 @@ def test_models_that_cannot_be_quantised() -> None:
     lm = tiny_lm()
     quantise_experts(lm, 8)
     first = r"weight 'model\.layers\.0\.mlp\.experts\.gate_up_proj'"
-    with pytest.raises(ModelError, match=f"{first} is quantised already, to 8 bits; load the model again"):
+    with pytest.raises(ModelError, match=f"{first} is kept as 8 bit already; load the model again"):
         quantise_experts(lm, 4)
     with pytest.raises(ModelError, match="no stacked expert weights"):
         quantise_experts(nn.Linear(8, 8), 4)

@@ -18,7 +18,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from emberfed.errors import ModelError
-from emberfed.models.quantised import QuantisedWeight
+from emberfed.models.stacked import StackedWeight
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -27,8 +27,8 @@ class ExpertsModule(Protocol):
     """What transformers' experts modules have in common."""
 
     num_experts: int
-    gate_up_proj: nn.Parameter | QuantisedWeight
-    down_proj: nn.Parameter | QuantisedWeight
+    gate_up_proj: nn.Parameter | StackedWeight
+    down_proj: nn.Parameter | StackedWeight
     has_bias: bool
     is_transposed: bool
     is_concatenated: bool
@@ -63,6 +63,11 @@ class ExpertWeights:
             for name in ("gate_up_proj", "down_proj")
             if isinstance(stored := getattr(experts, name), torch.Tensor)
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type matrices are handed out in."""
+        return self._dtype
 
     @property
     def gate_up_size(self) -> int:

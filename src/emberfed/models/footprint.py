@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, final, get_args
 
-import torch
 from torch import nn
 
 from emberfed.models.families import Family, family_of, part
-from emberfed.models.quantised import QuantisedWeight
+from emberfed.models.stacked import StackedWeight
 
 Kind = Literal[
     "embedding", "attention", "routers", "routed experts", "shared experts", "dense MLPs", "norms", "head", "other"
@@ -27,8 +26,9 @@ class ModuleMemory:
     Attributes:
         module: The kind, or `total`.
         weights: How many values; quantised ones count as what they stand for.
-        stored_bytes: Bytes of their storage, shared storage once, scales of quantised weights included.
-        formats: Number formats they are in, sorted: `float32`, `4 bit`, ...
+        stored_bytes: Bytes of memory they are stored in, shared storage once, scales of quantised weights included;
+            weights on disk take none.
+        formats: Number formats they are in, sorted: `float32`, `4 bit`, `float32 on disk`, ...
     """
 
     module: str
@@ -59,7 +59,7 @@ def memory_by_module(lm: Any) -> tuple[ModuleMemory, ...]:
     Raises: ModelError if the model is of no known family.
     """
     parts = list(_parts(lm, _kinds(lm, family_of(lm.config)), "other"))
-    seen: set[tuple[torch.device, int]] = set()
+    seen: set[Hashable] = set()
     counted = []
     for found in parts:
         if found.place not in seen:
@@ -81,18 +81,18 @@ def total(rows: Iterable[ModuleMemory]) -> ModuleMemory:
 
 
 def parameter_count(lm: nn.Module) -> int:
-    """Return the number of parameters, tied ones once; quantised weights count as the parameters they stand for."""
-    quantised = sum(module.numel() for module in lm.modules() if isinstance(module, QuantisedWeight))
-    return quantised + sum(parameter.numel() for parameter in lm.parameters())
+    """Return the number of parameters, tied ones once; what stands for others counts as those."""
+    replaced = sum(module.numel() for module in lm.modules() if isinstance(module, StackedWeight))
+    return replaced + sum(parameter.numel() for parameter in lm.parameters())
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One tensor, or one quantised stack."""
+    """One tensor, or what stands in the place of a stacked one."""
 
     kind: Kind
-    place: tuple[torch.device, int]
+    place: Hashable
     weights: int
     stored_bytes: int
     format: str
@@ -111,9 +111,8 @@ def _sum(kind: Kind, parts: Iterable[_Part]) -> ModuleMemory:
 def _parts(module: nn.Module, kinds: dict[nn.Module, Kind], inherited: Kind) -> Iterator[_Part]:
     """Yield what a module holds; a module of no kind of its own is of the kind it is part of."""
     kind = kinds.get(module, "norms" if "Norm" in type(module).__name__ else inherited)
-    if isinstance(module, QuantisedWeight):
-        place = (module.codes.device, module.codes.data_ptr())
-        yield _Part(kind, place, module.numel(), module.nbytes, f"{module.bits} bit")
+    if isinstance(module, StackedWeight):
+        yield _Part(kind, module, module.numel(), module.nbytes, module.kept_as)
         return
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         storage = tensor.untyped_storage()

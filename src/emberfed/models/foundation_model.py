@@ -32,8 +32,8 @@ from emberfed.models.gating import Gate, Rescale, mass_of, with_mass
 from emberfed.models.hosts import Host, hosts_of
 from emberfed.models.matmul import hasten
 from emberfed.models.padding import PaddingFilter
-from emberfed.models.quantised import QuantisedWeight
 from emberfed.models.routed_lora import IMPLEMENTATION
+from emberfed.models.stacked import StackedWeight
 
 Slot = tuple[nn.Module, str]
 """A module, and its attribute that holds a linear layer."""
@@ -604,5 +604,5 @@ def linear_size(linear: Any) -> tuple[int, int]:
 
 
 def _parameters(lm: nn.Module) -> int:
-    quantised = sum(module.shape.numel() for module in lm.modules() if isinstance(module, QuantisedWeight))
-    return sum(parameter.numel() for parameter in lm.parameters()) + quantised
+    replaced = sum(module.numel() for module in lm.modules() if isinstance(module, StackedWeight))
+    return sum(parameter.numel() for parameter in lm.parameters()) + replaced

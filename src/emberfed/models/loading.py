@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,13 @@ from transformers import (
 )
 
 from emberfed import builtin
-from emberfed.errors import ModelError
+from emberfed.errors import ModelError, StorageError
+from emberfed.models.arrival import ExpertArrival, InBits, Keeping, OnDisk
 from emberfed.models.config import ModelConfig
 from emberfed.models.families import Family, Task, families, family_of, load_family
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.models.quantised import Bits
-from emberfed.models.quantised_loading import ExpertQuantisation
+from emberfed.models.freed_memory import return_freed_memory
+from emberfed.models.stacked import check_finite
 
 _SEED = 0
 """Of weights that no checkpoint has: the same base model wherever it is loaded."""
@@ -55,9 +54,10 @@ def load_model(config: ModelConfig, classes: Sequence[str] | None = None, task: 
     head, and what a checkpoint of pretraining lacks in front of it, is drawn by transformers' own initialisation from a
     seed that is always the same: one checkpoint and one number of classes give one base model.
 
-    With `expert_bits` the experts are quantised as they are read. Beside what is in memory already, loading needs about
-    twice the largest fused weight of one layer in `dtype`, and the checkpoint's files mapped, pages of which the system
-    drops when memory runs short.
+    With `expert_bits` the experts are quantised as they are read, with `expert_storage: disk` written to files. Beside
+    what is in memory already, loading needs about three times the largest fused weight of one layer in `dtype` (its
+    pieces, their halves, and the whole), and the checkpoint's files mapped, pages of which the system drops when memory
+    runs short.
 
     Args:
         config: Which model, and how to hold it.
@@ -66,7 +66,8 @@ def load_model(config: ModelConfig, classes: Sequence[str] | None = None, task: 
             the model is (the built-in one tells images apart).
 
     Raises: ModelError if it cannot be found or read, if weights are missing or not finite, if the model is of no known
-        family or of one for another task, or has no experts that can be quantised.
+        family or of one for another task, or has no experts that can be quantised or kept on disk; StorageError if
+        experts cannot be written to disk.
     """
     path = model_path(config, task or ("generation" if classes is None else "image_classification"))
     device = _device(config.device)
@@ -81,12 +82,13 @@ def load_model(config: ModelConfig, classes: Sequence[str] | None = None, task: 
         if classes is not None:
             found.id2label, found.label2id = _numbered(classes)
         _choose_class(found, family.task)
+        keeping = _keeping(config, found, family)
         if config.weights == "random":
             lm = _drawn(config, found, family)
         else:
             _check_stored_formats(Path(path), found)
-            if config.expert_bits is not None:
-                where["quantization_config"] = _quantisation(found, family, config.expert_bits)
+            if keeping is not None:
+                where["quantization_config"] = ExpertArrival(keeping)
             lm, info = _CLASSES[family.task].from_pretrained(
                 path,
                 config=found,
@@ -99,9 +101,10 @@ def load_model(config: ModelConfig, classes: Sequence[str] | None = None, task: 
             _check_whole(info, family, fresh)
             for part in fresh:
                 _draw_again(lm, part)
-        _check_finite(lm)
+        for name, tensor in (*lm.named_parameters(), *lm.named_buffers()):
+            check_finite(f"weight {name!r}", tensor)
     _let_go_of_files(lm)
-    _return_freed_memory()
+    return_freed_memory()
     if lm.can_generate():
         # A checkpoint's own penalties and beams would change greedy answers without anybody seeing why.
         lm.generation_config = GenerationConfig()
@@ -158,8 +161,6 @@ def _choose_class(found: Any, task: Task) -> None:
 
 def _drawn(config: ModelConfig, found: Any, family: Family) -> Any:
     """Return a model of random weights."""
-    if config.expert_bits is not None:
-        raise ModelError("model.expert_bits is of a checkpoint's weights; set model.weights=checkpoint or it to null")
     dtype = found.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     torch.manual_seed(_SEED)
     return _CLASSES[family.task].from_config(found, dtype=dtype).eval()
@@ -242,15 +243,6 @@ def _check_whole(info: Mapping[str, Any], family: Family, fresh: Sequence[str]) 
             raise ModelError(f"{len(names)} {what}, the first is {names[0]!r}; the checkpoint is damaged or incomplete")
 
 
-def _check_finite(lm: nn.Module) -> None:
-    for name, tensor in (*lm.named_parameters(), *lm.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(
-                f"weight {name!r} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}; the "
-                f"checkpoint is damaged, or its numbers are too large for this model.dtype"
-            )
-
-
 @contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
     """Let torch compute with that many CPU threads inside the context; None changes nothing."""
@@ -300,15 +292,27 @@ def model_path(config: ModelConfig, task: Task = "generation") -> str:
     return str(builtin.model_path() if task == "generation" else builtin.vision_model_path())
 
 
-def _quantisation(found: Any, family: Family, bits: Bits) -> ExpertQuantisation:
+def _keeping(config: ModelConfig, found: Any, family: Family) -> Keeping | None:
+    """Return how experts are to be kept; None for parameters. Raises: ModelError if this model's cannot be."""
+    keeping: Keeping
+    if config.expert_bits is not None:
+        keeping, asked, instead = InBits(config.expert_bits), f"expert_bits is {config.expert_bits}", "expert_bits=null"
+    elif config.expert_storage == "disk":
+        keeping, asked, instead = OnDisk(), "expert_storage is disk", "expert_storage=memory"
+    else:
+        return None
     if family.mixture is None:
         raise ModelError(
-            f"model.expert_bits is {bits}, but {family.model_type} models are dense and have no experts; set "
-            f"model.expert_bits=null"
+            f"model.{asked}, but {family.model_type} models are dense and have no experts; set model.{instead}"
+        )
+    if config.weights == "random":
+        raise ModelError(
+            f"model.{asked}, but only a checkpoint's weights can be kept so; set model.weights=checkpoint, or "
+            f"model.{instead}"
         )
     if getattr(found, "quantization_config", None) is not None:
-        raise ModelError("its checkpoint is quantised already, and cannot be once more; set model.expert_bits=null")
-    return ExpertQuantisation(bits)
+        raise ModelError(f"its checkpoint is quantised already, but model.{asked}; set model.{instead}")
+    return keeping
 
 
 def _let_go_of_files(lm: nn.Module) -> None:
@@ -320,13 +324,6 @@ def _let_go_of_files(lm: nn.Module) -> None:
     for parameter in lm.parameters():
         if not parameter.untyped_storage().resizable():  # not memory of torch's own
             parameter.data = parameter.data.clone()
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what loading freed; else glibc keeps up to half as much again as a model needs."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # a C library without it
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _device(name: str) -> torch.device:
@@ -346,8 +343,8 @@ def _reading(path: str, what: str) -> Iterator[None]:
         raise ModelError(f"{what} folder {path} does not exist; give a local folder, a hub id or 'builtin'")
     try:
         yield
-    except ModelError as error:
-        raise ModelError(f"{what} {path}: {error}") from None
+    except (ModelError, StorageError) as error:
+        raise type(error)(f"{what} {path}: {error}") from None
     except Exception as error:  # whatever libraries raise over files that are not what they should be
         missing = "" if Path(path).is_dir() else f"there is no folder {path} here, and as a hub id it "
         raise ModelError(
@@ -359,7 +356,10 @@ def _reason(error: Exception) -> str:
     """Return one line; libraries write pages, and some say nothing but a name."""
     told = " ".join(str(error).split())
     if "automatic conversion" in told:  # the report it names is among the warnings that were silenced
-        return "the weights of some layer's experts do not go together; one has another shape, or is damaged"
+        return (
+            "the weights of some layer's experts do not go together; one has another shape, or is damaged, or memory "
+            "ran short"
+        )
     if len(told) > 400:
         told = f"{told[:400]}..."
     plain = isinstance(error, OSError | RuntimeError) or (isinstance(error, ValueError) and told)

@@ -24,6 +24,7 @@ from emberfed.models.expert_weights import ExpertWeights
 from emberfed.models.foundation_model import FoundationModel, SparseBlock
 from emberfed.models.head import head_parameters
 from emberfed.models.lora_layout import check, linears, router_weight
+from emberfed.models.offloaded import is_offloaded
 from emberfed.models.quantised import QuantisedWeight
 
 
@@ -103,9 +104,13 @@ def _touched(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> Ite
 
 
 def check_mergeable(model: FoundationModel) -> None:
-    """Check that weights can be added to. Raises: ModelError if they are quantised."""
+    """Check that weights can be added to. Raises: ModelError if they are quantised, or on disk."""
     if any(isinstance(module, QuantisedWeight) for module in model.lm.modules()):
         raise ModelError("a quantised base cannot be merged with; load the base unquantised (model.expert_bits=null)")
+    if is_offloaded(model.lm):
+        raise ModelError(
+            "a base whose experts are on disk cannot be merged with; load it into memory (model.expert_storage=memory)"
+        )
 
 
 def check_whole_weights(tensors: Mapping[str, torch.Tensor]) -> None:

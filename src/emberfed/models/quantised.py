@@ -15,17 +15,15 @@ Shapes: E experts, each (rows, columns) as transformers stores them; G groups pe
 from __future__ import annotations
 
 import itertools
-from typing import Any, Final, Literal, final
+from typing import Final, Literal, final
 
 import torch
 from torch import nn
 
 from emberfed.errors import ModelError
+from emberfed.models.stacked import StackedWeight, replace, stacked_weights
 
 Bits = Literal[4, 8]
-
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-"""Names of the stacked parameters of transformers' experts modules."""
 
 _LARGEST_GROUP: Final = 64
 _SMALLEST_GROUP: Final = 8
@@ -35,7 +33,7 @@ _BLOCK_ELEMENTS: Final = 2**17
 
 
 @final
-class QuantisedWeight(nn.Module):
+class QuantisedWeight(StackedWeight):
     """A stack of expert matrices in fewer bits, which stands where the stacked parameter stood.
 
     It holds buffers and no parameters: it moves with the model and is saved with it, but nothing can train it.
@@ -104,6 +102,21 @@ class QuantisedWeight(nn.Module):
         return torch.Size((experts, rows, stored * 8 // self.bits))
 
     @property
+    def dtype(self) -> None:
+        """None: weights are codes."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are, and experts restored."""
+        return self.codes.device
+
+    @property
+    def kept_as(self) -> str:
+        """Bits per code."""
+        return f"{self.bits} bit"
+
+    @property
     def group_size(self) -> int:
         """Weights that share a scale and a minimum."""
         return self.shape[2] // self.scale.shape[2]
@@ -112,10 +125,6 @@ class QuantisedWeight(nn.Module):
     def nbytes(self) -> int:
         """Bytes of codes, scales and minima."""
         return self.codes.nbytes + self.scale.nbytes + self.minimum.nbytes
-
-    def numel(self) -> int:
-        """Return the number of weights."""
-        return self.shape.numel()
 
     def expert(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         """Return one expert's matrix restored, (rows, columns): a fresh tensor, computed in float32."""
@@ -130,13 +139,6 @@ class QuantisedWeight(nn.Module):
         groups = matrix.view(len(matrix), scale.shape[1], -1)
         groups.mul_(scale.float().unsqueeze(-1)).add_(minimum.float().unsqueeze(-1))
         return matrix.to(dtype)
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return all experts restored, (E, rows, columns); beside the result it needs room for one expert."""
-        whole = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for index in range(len(whole)):
-            whole[index] = self.expert(index, dtype)
-        return whole
 
     def extra_repr(self) -> str:
         """Say what is held, for `print(model)`."""
@@ -157,41 +159,18 @@ def default_group_size(columns: int, name: str = "an expert weight") -> int:
     return fitting[-1]
 
 
-def stacked_weights(lm: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Return (name, experts module, attribute) of every stacked expert weight, quantised or not, in the model's order.
-
-    Raises: ModelError if there is none.
-    """
-    found = [
-        (f"{path}.{attribute}", module, attribute)
-        for path, module in lm.named_modules()
-        for attribute in EXPERT_WEIGHTS
-        if getattr(getattr(module, attribute, None), "ndim", 0) == 3
-        or isinstance(getattr(module, attribute, None), QuantisedWeight)
-    ]
-    if not found:
-        raise ModelError("the model has no stacked expert weights, so none can be quantised")
-    return found
-
-
 def quantise_experts(lm: nn.Module, bits: Bits) -> None:
     """Replace a loaded model's expert weights by quantised ones, in place, each old one freed before the next is read.
 
     Biases stay. `loading.load` with `expert_bits` does the same while it reads, and never holds all of them in full.
 
-    Raises: ModelError naming the weight that cannot be quantised, or is quantised already; those before it are by then.
+    Raises: ModelError naming the weight that cannot be quantised, or is replaced already; those before it are by then.
     """
     for name, module, attribute in stacked_weights(lm):
-        weight: Any = getattr(module, attribute)
-        if isinstance(weight, QuantisedWeight):
-            raise ModelError(f"weight {name!r} is quantised already, to {weight.bits} bits; load the model again")
+        weight = getattr(module, attribute)
+        if isinstance(weight, StackedWeight):
+            raise ModelError(f"weight {name!r} is kept as {weight.kept_as} already; load the model again")
         replace(module, attribute, QuantisedWeight.quantise(weight, bits, name=f"weight {name!r}"))
-
-
-def replace(module: nn.Module, attribute: str, weight: QuantisedWeight) -> None:
-    """Put a quantised weight in the place of the parameter with that name."""
-    delattr(module, attribute)
-    setattr(module, attribute, weight)
 
 
 def _encode(matrix: torch.Tensor, bits: Bits, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
