@@ -100,3 +100,23 @@ def test_rows_are_for_tensors_of_any_width() -> None:
     gradient = Gradient(NAME, torch.zeros(EXPERTS, 2, 3), torch.tensor([0, 4]), torch.zeros(2, 2, 3))
     wide = torch.arange(EXPERTS * 5.0).view(EXPERTS, 5)
     assert torch.equal(gradient.rows_of(wide), wide[[0, 4]])
+
+
+def test_a_stack_of_some_experts_finds_them_by_their_ids() -> None:
+    """Experts 1, 3 and 4 of six are in the stack; 1 and 4 have a gradient, and of those only 4 got a real token."""
+    stacked = nn.Parameter(torch.zeros(3, 2))
+    stacked.grad = sparse_over_experts(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 2]), 3)
+    trained = TrainableGroups({}, (ExpertViews.of_some(NAME, stacked, 1, (1, 3, 4), EXPERTS),))
+    (gradient,) = trained.take_gradients(touched(0, 3, 4))
+    assert gradient.experts_U is not None
+    assert gradient.experts_U.tolist() == [2], "its place in the stack"
+    assert torch.equal(gradient.rows_of(gradient.parameter), torch.zeros(1, 2))
+    torch.optim.SGD(trained.parameters(), lr=1.0).step()
+    assert stacked.tolist() == [[0, 0], [0, 0], [-3, -4]]
+
+
+def test_counts_of_another_number_of_experts_are_refused_for_some_experts_too() -> None:
+    stacked = nn.Parameter(torch.zeros(2, 2))
+    trained = TrainableGroups({}, (ExpertViews.of_some(NAME, stacked, 1, (0, 1), EXPERTS),))
+    with pytest.raises(ValueError, match="touched must be bool"):
+        trained.take_gradients(torch.zeros(2, 2, dtype=torch.bool))

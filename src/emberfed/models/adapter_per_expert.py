@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from emberfed.models.adapter_layer import ExpertGradients, Experts
-from emberfed.models.low_rank import FactorGradients
+from emberfed.models.low_rank import StackGradients, stacks_of
 
 _KEY = "adapter"
 
@@ -42,7 +42,7 @@ def backward(
     """
     factors, dispatch = experts.factors, experts.dispatch
     groups = list(dispatch.groups())
-    gradients = FactorGradients({_KEY: factors}, (expert for expert, _ in groups), x_TD.device)
+    gradients = StackGradients(stacks_of({_KEY: factors}), [expert for expert, _ in groups], x_TD.device)
     dx_TD = _zeros_like(x_TD) if wants_input else None
     gates_P = gates_TK.reshape(-1)
     dgates_P = torch.zeros_like(gates_P)
@@ -57,7 +57,7 @@ def backward(
         gradients.put(_KEY, "A", row, dpre_NH, x_TD[token_N])
         if dx_TD is not None:
             dx_TD.index_add_(0, token_N, factors.input_gradient(dpre_NH, expert).to(dx_TD.dtype))
-    found = gradients.stacked(len(dispatch.loads_E))
+    found = gradients.stacked()
     return ExpertGradients(dx_TD, dgates_P.view_as(gates_TK), found.get((_KEY, "A")), found.get((_KEY, "B")))
 
 

@@ -1,19 +1,21 @@
 """One layer of experts as the two ways to compute it see it: what goes in, what is kept, what comes back.
 
+LoRA and matrices trained in full may be those of the first n experts only; experts from n on are the frozen base.
+
 Shapes: N rows of one expert, T tokens, K active experts, S routed pairs, D hidden, F expert hidden, R rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, final
 
 import torch
 
 from emberfed.models.dispatch import Dispatch
 from emberfed.models.expert_weights import ExpertWeights
-from emberfed.models.low_rank import Factors
+from emberfed.models.low_rank import INPUT_SIDE, OUTPUT_SIDE, Factors, stacks_of
 
 
 @final
@@ -23,13 +25,66 @@ class Layer:
 
     Attributes:
         weights: The frozen base.
-        lora: By matrix; those without LoRA are absent.
+        lora: By matrix, of the first n experts; matrices without LoRA are absent.
         dispatch: Which rows go where.
+        full: By matrix, (n, out, in): what the first n experts have in the place of the base's; absent where it is the
+            base's.
     """
 
     weights: ExpertWeights
     lora: Mapping[str, Factors]
     dispatch: Dispatch
+    full: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def lora_of(self, expert: int) -> Mapping[str, Factors]:
+        """Return the LoRA of the matrices of this expert that have any."""
+        return {matrix: factors for matrix, factors in self.lora.items() if expert < len(factors.a_ERI)}
+
+    def full_of(self, expert: int) -> Mapping[str, torch.Tensor]:
+        """Return this expert's own matrices (out, in)."""
+        return {matrix: stack[expert] for matrix, stack in self.full.items() if expert < len(stack)}
+
+    def gate_up(self, expert: int) -> torch.Tensor:
+        """Return (D, 2F), without LoRA."""
+        return gate_up_with(self.weights, expert, self.full_of(expert))
+
+    def down(self, expert: int) -> torch.Tensor:
+        """Return (F, D), without LoRA."""
+        return down_with(self.weights, expert, self.full_of(expert))
+
+    def stacks(self) -> dict[tuple[str, str], torch.Tensor]:
+        """Return all that can be trained by (matrix, "A" | "B" | "weight")."""
+        return {**stacks_of(self.lora), **{(matrix, "weight"): stack for matrix, stack in self.full.items()}}
+
+
+def gate_up_with(weights: ExpertWeights, expert: int, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return an expert's gate and up, (D, 2F), in the type of the computation.
+
+    Args:
+        weights: The base; not read for what `own` has.
+        expert: Which.
+        own: gate_proj (F, D), up_proj (F, D): what takes the place of the base's.
+    """
+    changed = [matrix for matrix in INPUT_SIDE if matrix in own]
+    if not changed:
+        return weights.gate_up(expert)
+    if len(changed) == len(INPUT_SIDE):
+        gate_up_D2F = own[changed[0]].new_empty(weights.gate_up_size, own[changed[0]].shape[1], dtype=weights.dtype).t()
+    else:
+        gate_up_D2F = weights.gate_up(expert).clone()
+    for matrix in changed:
+        weights.half(matrix, gate_up_D2F).copy_(own[matrix].detach().t())
+    return gate_up_D2F
+
+
+def down_with(weights: ExpertWeights, expert: int, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return an expert's down, (F, D), as `gate_up_with`."""
+    return own[OUTPUT_SIDE].detach().to(weights.dtype).t() if OUTPUT_SIDE in own else weights.down(expert)
+
+
+def matrix_of(weights: ExpertWeights, expert: int, matrix: str) -> torch.Tensor:
+    """Return one of the base's three matrices, (in, out): a view where it is stored in the type of the computation."""
+    return weights.down(expert) if matrix == OUTPUT_SIDE else weights.half(matrix, weights.gate_up(expert))
 
 
 @final
@@ -39,7 +94,7 @@ class Kept:
 
     Attributes:
         pre_S2F: Gate and up with their LoRA, before the activation.
-        low: scale * x A', (S, R), of each matrix with LoRA.
+        low: scale * x A', (S of the experts with LoRA, which are the first rows, R), of each matrix with LoRA.
     """
 
     pre_S2F: torch.Tensor
@@ -48,9 +103,11 @@ class Kept:
     @staticmethod
     def room(layer: Layer, like: torch.Tensor) -> Kept:
         """Return it unfilled, in the type and on the device of `like`."""
-        rows = len(layer.dispatch.pair_S)
-        low = {matrix: like.new_empty(rows, factors.a_ERI.shape[1]) for matrix, factors in layer.lora.items()}
-        return Kept(like.new_empty(rows, layer.weights.gate_up_size), low)
+        low = {
+            matrix: like.new_empty(_pairs_of_first(len(factors.a_ERI), layer.dispatch), factors.a_ERI.shape[1])
+            for matrix, factors in layer.lora.items()
+        }
+        return Kept(like.new_empty(len(layer.dispatch.pair_S), layer.weights.gate_up_size), low)
 
     def put(self, rows: slice, pre_N2F: torch.Tensor, low: Mapping[str, torch.Tensor]) -> None:
         """Fill the rows of one expert."""
@@ -75,12 +132,19 @@ class Gradients:
     Attributes:
         hidden_TD: Of the hidden states, or None if not asked for.
         gates_TK: Of the router's weights.
-        factors: Of A and B by (matrix, "A" | "B"), sparse over experts; those not trained are absent.
+        factors: Of stacks by (matrix, "A" | "B" | "weight"), sparse over experts; those not trained are absent.
     """
 
     hidden_TD: torch.Tensor | None
     gates_TK: torch.Tensor
     factors: Mapping[tuple[str, str], torch.Tensor]
+
+
+def _pairs_of_first(experts: int, dispatch: Dispatch) -> int:
+    """Return how many routed pairs the first experts got."""
+    if experts == len(dispatch.loads_E):
+        return len(dispatch.pair_S)
+    return int(dispatch.loads_E[:experts].sum())
 
 
 class Way(Protocol):

@@ -18,24 +18,34 @@ from torch import nn
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertViews:
-    """One stacked tensor and its experts.
+    """One stacked tensor and its experts: all of its layer, or some.
 
     Attributes:
         name: Canonical name of the stacked tensor.
         row: Its layer's row in activation counts.
-        stacked: The parameter the model uses, (E, ...).
-        views: One parameter per expert, each a view of `stacked`.
+        stacked: The parameter the model uses, (n, ...).
+        views: One parameter per expert of the stack, each a view of `stacked`.
+        experts: Which experts of the layer those are, ascending: their columns in activation counts.
+        num_experts: E, the experts of the layer.
     """
 
     name: str
     row: int
     stacked: nn.Parameter
     views: tuple[nn.Parameter, ...]
+    experts: tuple[int, ...]
+    num_experts: int
 
     @staticmethod
     def of(name: str, stacked: nn.Parameter, row: int) -> ExpertViews:
-        """Split a stacked parameter."""
-        return ExpertViews(name, row, stacked, tuple(nn.Parameter(view) for view in stacked.detach().unbind()))
+        """Split a parameter that stacks all experts of its layer."""
+        return ExpertViews.of_some(name, stacked, row, range(len(stacked)), len(stacked))
+
+    @staticmethod
+    def of_some(name: str, stacked: nn.Parameter, row: int, experts: Sequence[int], num_experts: int) -> ExpertViews:
+        """Split a parameter that stacks these experts of the `num_experts` of its layer."""
+        views = tuple(nn.Parameter(view) for view in stacked.detach().unbind())
+        return ExpertViews(name, row, stacked, views, tuple(experts), num_experts)
 
 
 @final
@@ -45,8 +55,9 @@ class Gradient:
 
     Attributes:
         name: Canonical name.
-        parameter: The parameter's present values, (E, ...) if stacked; not to be changed.
-        experts_U: The U experts that have a gradient, int64, ascending; None if the tensor is not stacked.
+        parameter: The parameter's present values, (n, ...) if stacked; not to be changed.
+        experts_U: The U experts that have a gradient, int64, ascending, by their place in the stack; None if the
+            tensor is not stacked.
         values: The gradient, of the parameter's shape, or (U, ...) if stacked. It is the optimiser's own memory:
             what is added or scaled in place is what the optimiser will follow.
     """
@@ -100,11 +111,12 @@ class TrainableGroups:
             if parameter.grad is not None
         ]
         for group in self.experts:
-            if not (group.row < len(rows) and len(rows[group.row]) == len(group.views)):
+            if not (group.row < len(rows) and len(rows[group.row]) == group.num_experts):
                 raise ValueError(f"touched must be bool (layers, experts), found {touched_LE.dtype} {touched_LE.shape}")
             if group.stacked.grad is None:
                 continue
-            experts_U, values = _touched(*_rows(group.stacked.grad), rows[group.row])
+            touched = [rows[group.row][expert] for expert in group.experts]
+            experts_U, values = _touched(*_rows(group.stacked.grad), touched)
             for expert, slice_ in zip(experts_U.tolist(), values.unbind(), strict=True):
                 group.views[expert].grad = slice_
             gradients.append(Gradient(group.name, group.stacked.detach(), experts_U, values))
@@ -124,11 +136,9 @@ def _rows(sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return sparse._indices()[0], sparse._values()
 
 
-def _touched(
-    used_U: torch.Tensor, values: torch.Tensor, touched_E: Sequence[bool]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _touched(used_U: torch.Tensor, values: torch.Tensor, touched: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the experts that got a real token, and their rows; copied only if some expert did not."""
-    kept = [row for row, expert in enumerate(used_U.tolist()) if touched_E[expert]]
+    kept = [row for row, expert in enumerate(used_U.tolist()) if touched[expert]]
     if len(kept) == len(values):
         return used_U, values
     index = torch.tensor(kept, dtype=torch.int64, device=values.device)

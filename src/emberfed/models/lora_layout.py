@@ -117,29 +117,46 @@ def check(model: FoundationModel, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises: ModelError naming the first tensor that is wrong, what it is and what was expected.
     """
     expected = {
-        **_pairs({**linear_sizes(linears(model)), **expert_sizes(model)}),
+        **pair_sizes({**linear_sizes(linears(model)), **expert_sizes(model)}),
         **router_sizes(model),
         **rescaler_sizes(model),
         **head_sizes(model),
     }
-    for name in tensors:
-        if name not in expected:
-            raise ModelError(f"adapter tensor {name!r} has no place in this model{closest(name, expected)}")
-        partner = _partner(name)
-        if partner not in tensors:
-            raise ModelError(f"the adapter has {name!r} but lacks {partner!r}; lora_A and lora_B belong together")
+    _check_names(tensors, expected)
     of_head = [name for name in head_sizes(model) if name in tensors]
     for name in head_sizes(model) if of_head else ():
         if name not in tensors:
             raise ModelError(
                 f"the adapter has {of_head[0]!r} but lacks {name!r}; the parameters of a head belong together"
             )
+    _check_shapes(tensors, expected)
+
+
+def check_sizes(tensors: Mapping[str, torch.Tensor], expected: Sizes) -> None:
+    """Check that tensors are of these names and shapes, where 0 stands for a rank, and LoRA's are whole pairs.
+
+    Raises: ModelError as `check`.
+    """
+    _check_names(tensors, expected)
+    _check_shapes(tensors, expected)
+
+
+def _check_names(tensors: Mapping[str, torch.Tensor], expected: Sizes) -> None:
+    for name in tensors:
+        if name not in expected:
+            raise ModelError(f"adapter tensor {name!r} has no place in this model{closest(name, expected)}")
+        partner = _partner(name)
+        if partner not in tensors:
+            raise ModelError(f"the adapter has {name!r} but lacks {partner!r}; lora_A and lora_B belong together")
+
+
+def _check_shapes(tensors: Mapping[str, torch.Tensor], expected: Sizes) -> None:
     for name, tensor in tensors.items():
         _check_shape(name, tensor, expected[name], tensors)
 
 
-def _pairs(sizes: Sizes) -> Sizes:
-    """Shapes of lora_A and lora_B; 0 stands for the rank."""
+def pair_sizes(sizes: Sizes) -> Sizes:
+    """Return the shapes of lora_A and lora_B of weights; 0 stands for the rank."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (*stack, out_features, in_features) in sizes.items():
         shapes[f"{name}.lora_A"] = (*stack, 0, in_features)

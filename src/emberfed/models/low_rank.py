@@ -1,11 +1,14 @@
 """LoRA of stacked experts as the expert paths see it: factors of one matrix, and gradients of used experts only.
 
-Shapes: N rows of one expert, E experts, U experts that got rows, R rank.
+A stack may hold fewer experts than the layer has: the first ones.
+
+Shapes: N rows of one expert, E experts of the stack, U of them that got rows, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -18,7 +21,7 @@ OUTPUT_SIDE = "down_proj"
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """LoRA of one matrix of every expert.
+    """LoRA of one matrix of every expert of a stack.
 
     Attributes:
         a_ERI: (E, R, in).
@@ -61,6 +64,12 @@ def paired(scales: Mapping[str, float], factors: Sequence[torch.Tensor]) -> dict
     return {matrix: Factors(a, b, scale) for (matrix, scale), (a, b) in zip(scales.items(), pairs, strict=True)}
 
 
+def stacks_of(lora: Mapping[str, Factors]) -> dict[tuple[str, str], torch.Tensor]:
+    """Return the stacked factors by (matrix, "A" | "B")."""
+    both = {matrix: (("A", factors.a_ERI), ("B", factors.b_EOR)) for matrix, factors in lora.items()}
+    return {(matrix, side): stack for matrix, sides in both.items() for side, stack in sides}
+
+
 def sparse_over_experts(values: torch.Tensor, used_U: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return a gradient (E, ...) that holds only the rows (U, ...) of the experts `used_U`, int64 and ascending."""
     shape = (num_experts, *values.shape[1:])
@@ -68,22 +77,29 @@ def sparse_over_experts(values: torch.Tensor, used_U: torch.Tensor, num_experts:
 
 
 @final
-class FactorGradients:
-    """Gradients of the factors, with rows for the experts that got tokens and no others."""
+class StackGradients:
+    """Gradients of stacked tensors, with rows for the experts that got tokens and no others."""
 
-    def __init__(self, lora: Mapping[str, Factors], used: Iterable[int], device: torch.device) -> None:
-        """Make room for the factors that are trained."""
-        self._used_U = torch.tensor(list(used), dtype=torch.int64, device=device)
+    def __init__(
+        self, stacks: Mapping[tuple[str, str], torch.Tensor], used: Sequence[int], device: torch.device
+    ) -> None:
+        """Make room for the stacks that are trained.
+
+        Args:
+            stacks: By matrix and what it is: "A", "B" or "weight".
+            used: The experts that got rows, ascending; those behind the end of a stack have no gradient in it.
+            device: Where the stacks are.
+        """
+        self._used_U = torch.tensor(used, dtype=torch.int64, device=device)
+        self._sizes = {key: len(stack) for key, stack in stacks.items() if stack.requires_grad}
         self._values = {
-            (matrix, side): factor.new_empty(len(self._used_U), *factor.shape[1:])
-            for matrix, factors in lora.items()
-            for side, factor in (("A", factors.a_ERI), ("B", factors.b_EOR))
-            if factor.requires_grad
+            key: stacks[key].new_empty(bisect_left(used, size), *stacks[key].shape[1:])
+            for key, size in self._sizes.items()
         }
 
-    def put(self, matrix: str, side: str, row: int, left_NX: torch.Tensor, right_NY: torch.Tensor) -> None:
-        """Write left' right as the gradient of one factor of the expert in that row."""
-        values = self._values.get((matrix, side))
+    def put(self, matrix: str, kind: str, row: int, left_NX: torch.Tensor, right_NY: torch.Tensor) -> None:
+        """Write left' right as the gradient of one tensor of the expert that is in place `row` of those used."""
+        values = self._values.get((matrix, kind))
         if values is None:
             return
         if values.dtype == left_NX.dtype:
@@ -91,6 +107,9 @@ class FactorGradients:
         else:
             values[row] = left_NX.t() @ right_NY
 
-    def stacked(self, num_experts: int) -> dict[tuple[str, str], torch.Tensor]:
-        """Return the gradients of the stacked factors, sparse over experts."""
-        return {key: sparse_over_experts(values, self._used_U, num_experts) for key, values in self._values.items()}
+    def stacked(self) -> dict[tuple[str, str], torch.Tensor]:
+        """Return the gradients, sparse over experts."""
+        return {
+            key: sparse_over_experts(values, self._used_U[: len(values)], self._sizes[key])
+            for key, values in self._values.items()
+        }
