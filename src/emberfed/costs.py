@@ -22,6 +22,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from emberfed.models.compact import ExpertWork
 from emberfed.models.families import GATED_LINEARS
 from emberfed.models.foundation_model import ModelShape
 from emberfed.models.routed_lora import MATRICES
@@ -39,6 +40,8 @@ class Work:
         top_k: Experts activated per token.
         head_tokens: Positions whose logits were computed; in a classifier examples.
         adapter_rows: Assignments of positions to experts of a sparse adapter, in each layer that has it.
+        expert_work: What routed experts and their routers did, by layer with experts, where that was counted: in a
+            compact model it follows neither from `routed_tokens` nor from `top_k`. None: it does.
     """
 
     tokens: int
@@ -47,6 +50,7 @@ class Work:
     top_k: int
     head_tokens: int
     adapter_rows: int = 0
+    expert_work: tuple[ExpertWork, ...] | None = None
 
     @staticmethod
     def of_batch(sequences: int, length: int, top_k: int, head_tokens: int, adapter_top_k: int = 0) -> Work:
@@ -62,9 +66,15 @@ class Work:
         )
 
     def __add__(self, other: Work) -> Work:
-        """Add the work of further passes. Raises: ValueError if their `top_k` is another."""
+        """Add the work of further passes.
+
+        Raises: ValueError if their `top_k` is another, or only one of the two has its experts' work counted.
+        """
         if self.top_k != other.top_k:
             raise ValueError(f"work at top_k {self.top_k} and at {other.top_k} cannot be added")
+        if (self.expert_work is None) != (other.expert_work is None):
+            raise ValueError("work of counted experts and of others cannot be added")
+        both = None if self.expert_work is None else zip(self.expert_work, other.expert_work or (), strict=True)
         return Work(
             tokens=self.tokens + other.tokens,
             routed_tokens=self.routed_tokens + other.routed_tokens,
@@ -72,7 +82,15 @@ class Work:
             top_k=self.top_k,
             head_tokens=self.head_tokens + other.head_tokens,
             adapter_rows=self.adapter_rows + other.adapter_rows,
+            expert_work=None if both is None else tuple(one + another for one, another in both),
         )
+
+    def of_experts(self, shape: ModelShape, layer: int) -> ExpertWork:
+        """Return what the experts and the router of a layer did; without a count every expert counts as tuned."""
+        if self.expert_work is not None:
+            return self.expert_work[shape.sparse_layers.index(layer)]
+        rows = self.routed_tokens * self.top_k
+        return ExpertWork(rows, rows, shape.num_experts)
 
 
 def forward_flops(shape: ModelShape, work: Work, adapter: Mapping[str, Tensor]) -> int:
@@ -189,8 +207,9 @@ class _Walk:
     def _ffn(self, layer: int, live: bool) -> _Products:
         if layer in self.shape.dense_layers:
             return (yield from self._mlp(f"layers.{layer}.mlp", self.shape.mlp, self.shape.dense_intermediate, live))
-        gates = yield from self._router(f"layers.{layer}.router.weight", live)
-        through = yield from self._experts(f"layers.{layer}.experts", live, gates)
+        work = self.work.of_experts(self.shape, layer)
+        gates = yield from self._router(f"layers.{layer}.router.weight", work, live)
+        through = yield from self._experts(f"layers.{layer}.experts", work, live, gates)
         shared = False
         if self.shape.shared_intermediate:
             path = f"layers.{layer}.shared_experts"
@@ -237,23 +256,25 @@ class _Walk:
         yield _Product(mix_flops, mix_flops * (scores + value))
         return (yield from self._linear(f"{path}.{shape.output}", prod(shape.attention[shape.output]), scores or value))
 
-    def _router(self, name: str, live: bool) -> _Products:
-        flops, trained = 2 * self.work.tokens * self.shape.hidden * self.shape.num_experts, name in self.adapter
+    def _router(self, name: str, work: ExpertWork, live: bool) -> _Products:
+        flops, trained = 2 * self.work.tokens * self.shape.hidden * work.choices, name in self.adapter
         yield _Product(flops, flops * (live + trained))
         return live or trained
 
-    def _experts(self, path: str, live: bool, gates: bool) -> _Products:
+    def _experts(self, path: str, work: ExpertWork, live: bool, gates: bool) -> _Products:
         """Routed experts, which are one autograd node: it always forms the gates' gradient and what leads to it."""
-        shape, rows = self.shape, self.work.routed_tokens * self.work.top_k
+        weights = self.shape.hidden * self.shape.expert_intermediate
         loras = [matrix for matrix in MATRICES if f"{path}.{matrix}.lora_A" in self.adapter]
-        differentiated = bool(live or gates or loras)
-        matrix_flops = 2 * rows * shape.hidden * shape.expert_intermediate
-        yield _Product(2 * matrix_flops, 2 * matrix_flops * live)
-        yield _Product(matrix_flops, matrix_flops * differentiated)
+        full = [matrix for matrix in MATRICES if f"{path}.{matrix}.weight" in self.adapter]
+        differentiated = bool(live or gates or loras or full)
+        flops = 2 * work.rows * weights
+        yield _Product(2 * flops, 2 * flops * live)
+        yield _Product(flops, flops * differentiated)
         for matrix in loras:
-            low, high = (2 * rows * self.adapter[f"{path}.{matrix}.lora_{side}"][0].numel() for side in "AB")
+            low, high = (2 * work.tuned_rows * self.adapter[f"{path}.{matrix}.lora_{side}"][0].numel() for side in "AB")
             yield _Product(low, low * (1 + (live or matrix == "down_proj")))
             yield _Product(high, high * 2)
+        yield _Product(0, 2 * work.tuned_rows * weights * len(full))
         return differentiated
 
     def _mlp(self, path: str, linears: Sequence[str], intermediate: int, live: bool) -> _Products:

@@ -34,12 +34,15 @@ import torch
 from torch import Tensor, nn
 
 from emberfed.costs import tensor_bytes
-from emberfed.models import lora, sparse_adapter
+from emberfed.models import expert_tuning, lora, sparse_adapter
+from emberfed.models.compact import Compact
 from emberfed.models.footprint import memory_by_module, total
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.groups import ExpertViews, TrainableGroups
 from emberfed.models.head import is_head
 from emberfed.models.sparse_adapter_layout import num_experts
 from emberfed.models.trainable import Trainable
+from emberfed.models.tuning_layout import Rows, is_full
 
 _FLOAT32_BYTES = 4
 _SEQUENCES = (2, 3)
@@ -131,28 +134,105 @@ def training_memory(
     with _attached(model, adapter, step) as attached:
         saved = SavedBytes.count(model, attached.parameters)
         groups = attached.trainable_groups()
-    # Bytes of each stacked tensor, with the layer it is in and its layer's row among those with experts.
-    stacked = [(lora.layer_of(views.name), views.row, _bytes(views.stacked)) for views in groups.experts]
+    one_expert = [_expert_bytes(model, step, model.top_k / model.num_experts)] * model.num_layers
+    reached = _reached(model, adapter, step)
+    return _memory(model, adapter, step, touched_LE, _Counted(weights, saved, groups, one_expert, reached))
+
+
+def tuning_memory(
+    model: FoundationModel,
+    compact: Compact,
+    tensors: Mapping[str, Tensor],
+    rows: Rows,
+    step: Step,
+    touched_LE: Tensor | None = None,
+    pairs_L: Sequence[float] | None = None,
+) -> TrainingMemory:
+    """Return what training some experts of a compact model holds at most, as `training_memory`.
+
+    Weights are those of the slots, and all else of the model. Where the whole base is in memory, its experts wait there
+    until the model is whole again, and are not counted: a client that has no room for them has them on disk.
+
+    Args:
+        model: The model, inside `compact.compacted` and without an adapter.
+        compact: What that gave.
+        tensors: Stacks of the tuned experts.
+        rows: Which experts those are.
+        step: The largest step.
+        touched_LE: Boolean, by original experts; None: as in `training_memory`.
+        pairs_L: For each layer with experts, the (token, slot) pairs that are computed for a real token on average.
+            None: as many as there can be.
+
+    Raises: ModelError if the stacks do not fit the model.
+    """
+    weights = total(memory_by_module(model.lm)).stored_bytes
+    most_L = [min(model.top_k, layer.slots) for layer in compact.plan]
+    pairs_L = most_L if pairs_L is None else pairs_L
+    with expert_tuning.attached(model, tensors, rows, alpha=1.0) as attached:
+        with compact.sending(1):
+            fewest = SavedBytes.count(model, attached.parameters)
+        with compact.sending(model.top_k):
+            most = SavedBytes.count(model, attached.parameters)
+        groups = attached.trainable_groups()
+    shares = {
+        layer: (pairs - 1) / (limit - 1) if limit > 1 else 1.0
+        for layer, pairs, limit in zip(model.shape.sparse_layers, pairs_L, most_L, strict=True)
+    }
+    one_expert = [
+        _expert_bytes(model, step, pairs / layer.slots) for pairs, layer in zip(pairs_L, compact.plan, strict=True)
+    ]
+    if any(map(is_full, tensors)):
+        restored = 2 * model.shape.hidden * model.shape.expert_intermediate * _FLOAT32_BYTES
+        one_expert = [size + restored for size in one_expert]
+    reached = _reached(model, {}, step)
+    counted = _Counted(weights, fewest.towards(most, shares), groups, one_expert, reached)
+    return _memory(model, tensors, step, touched_LE, counted)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Counted:
+    """What was found out about a model with something attached.
+
+    Attributes:
+        weights: Bytes of the frozen model.
+        saved: What autograd keeps.
+        groups: What is trained.
+        one_expert: W of each layer with experts.
+        reached: Share of a layer's experts that tokens of a step reach, if nothing is known of them.
+    """
+
+    weights: int
+    saved: SavedBytes
+    groups: TrainableGroups
+    one_expert: Sequence[int]
+    reached: float
+
+
+def _memory(
+    model: FoundationModel, adapter: Mapping[str, Tensor], step: Step, touched_LE: Tensor | None, counted: _Counted
+) -> TrainingMemory:
+    # Bytes of each stacked tensor, with the layer it is in.
+    stacked = [(lora.layer_of(views.name), views, _bytes(views.stacked)) for views in counted.groups.experts]
     dense = [0] * (model.shape.num_layers + 1)
-    for name, tensor in groups.dense.items():
+    for name, tensor in counted.groups.dense.items():
         dense[-1 if is_head(name) else lora.layer_of(name)] += _bytes(tensor)
 
-    def gradient_bytes(share: Callable[[int], float]) -> list[int]:
-        """Return the gradients' bytes of each layer, and then of the head, where a row reaches a share of experts."""
+    def gradient_bytes(share: Callable[[ExpertViews], float]) -> list[int]:
+        """Return the gradients' bytes of each layer, and then of the head, where a share of a stack is reached."""
         sizes = [float(size) for size in dense]
-        for layer, row, size in stacked:
-            sizes[layer] += size * share(row)
+        for layer, views, size in stacked:
+            sizes[layer] += size * share(views)
         return [round(size) for size in sizes]
 
     if touched_LE is None:
-        everywhere = _reached(model, adapter, step)
-        gradients, ever = gradient_bytes(lambda _: everywhere), gradient_bytes(lambda _: 1)
+        gradients, ever = gradient_bytes(lambda _: counted.reached), gradient_bytes(lambda _: 1)
     else:
-        shares = touched_LE.double().mean(dim=1).tolist()
-        gradients = ever = gradient_bytes(lambda row: shares[row])
-    activations, working = _moments(model, step, saved, gradients)
+        touched = touched_LE.double()
+        gradients = ever = gradient_bytes(lambda views: float(touched[views.row, list(views.experts)].mean()))
+    activations, working = _moments(model, step, counted.saved, gradients, counted.one_expert)
     return TrainingMemory(
-        weight_bytes=weights,
+        weight_bytes=counted.weights,
         adapter_bytes=tensor_bytes(adapter) * (2 if step.anchored else 1),
         optimizer_bytes=_ADAM_MOMENTS * sum(ever),
         gradient_bytes=sum(gradients),
@@ -171,7 +251,9 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * _FLOAT32_BYTES
 
 
-def _moments(model: FoundationModel, step: Step, saved: SavedBytes, gradients: Sequence[int]) -> tuple[int, int]:
+def _moments(
+    model: FoundationModel, step: Step, saved: SavedBytes, gradients: Sequence[int], one_expert: Sequence[int]
+) -> tuple[int, int]:
     """Return the most bytes of activations, and of activations, gradients and temporary tensors together."""
     *layers, after = saved.parts(step.sequences, step.length)
     hidden = step.sequences * step.length * model.shape.hidden * model.lm.dtype.itemsize
@@ -181,8 +263,8 @@ def _moments(model: FoundationModel, step: Step, saved: SavedBytes, gradients: S
     # The head's come first, and are there in every layer's backward.
     formed = list(accumulate(reversed(gradients)))[:0:-1]
     sparse = set(model.shape.sparse_layers)
-    experts, mlp = _expert_bytes(model, step), _mlp_bytes(model, step)
-    beside = [_HIDDEN * hidden + (experts if layer in sparse else mlp) for layer in range(len(layers))]
+    experts, mlp = dict(zip(model.shape.sparse_layers, one_expert, strict=True)), _mlp_bytes(model, step)
+    beside = [_HIDDEN * hidden + experts.get(layer, mlp) for layer in range(len(layers))]
     # A mixture is one node and has its gradients at once; an MLP's come as its activations go.
     formed = [grown if layer in sparse else grown - gradients[layer] for layer, grown in enumerate(formed)]
     logits = _LOGITS * step.sequences * step.head_positions * model.shape.vocabulary * _FLOAT32_BYTES
@@ -201,10 +283,10 @@ def _reached(model: FoundationModel, adapter: Mapping[str, Tensor], step: Step) 
     return 1 - (1 - model.top_k / model.num_experts) ** tokens
 
 
-def _expert_bytes(model: FoundationModel, step: Step) -> int:
-    """Return W of a layer with experts: the tensors of one in backward, at an equal share of the rows."""
+def _expert_bytes(model: FoundationModel, step: Step, share: float) -> int:
+    """Return W of a layer with experts: the tensors of one in backward, where it gets that share of the rows."""
     shape = model.shape
-    rows = step.sequences * step.length * model.top_k / shape.num_experts
+    rows = step.sequences * step.length * share
     return round(rows * (3 * shape.hidden + 7 * shape.expert_intermediate) * _FLOAT32_BYTES)
 
 
@@ -242,6 +324,13 @@ class SavedBytes:
         terms_BC = torch.tensor([_terms(*batch, image is not None) for batch in batches], dtype=torch.float64)
         counts_BP = torch.tensor([count_saved(model, adapter, *batch) for batch in batches], dtype=torch.float64)
         return SavedBytes(torch.linalg.solve(terms_BC, counts_BP).T, image is not None)
+
+    def towards(self, other: SavedBytes, shares: Mapping[int, float]) -> SavedBytes:
+        """Return what is kept a share of the way from here to `other`: by layer, all of the way where none is given."""
+        share_P1 = torch.ones(len(self.coefficients_PC), 1, dtype=torch.float64)
+        for layer, share in shares.items():
+            share_P1[layer] = share
+        return SavedBytes(torch.lerp(self.coefficients_PC, other.coefficients_PC, share_P1), self.of_images)
 
     def parts(self, sequences: int, length: int) -> tuple[int, ...]:
         """Return the bytes of each layer, from the first to the last, and then of what comes after them."""
