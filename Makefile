@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 COMPLETE := src/emberfed/methods/*,src/emberfed/aggregation.py,src/emberfed/records.py,src/emberfed/admission.py,src/emberfed/checkpoint.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench pretrain pretrain-dense pretrain-vision clean
+.PHONY: help install run test check format bench pretrain pretrain-dense pretrain-llama-moe pretrain-deepseek pretrain-vision clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -45,7 +45,13 @@ pretrain: $(STAMP) ## make the built-in model again (about ten minutes on one co
 	$(BIN)/python -m emberfed.builtin.pretrain --output build/model
 
 pretrain-dense: $(STAMP) ## make a small dense LLaMA on the built-in text (about six minutes on one free core)
-	$(BIN)/python -m emberfed.builtin.pretrain --dense --output models/world-llama
+	$(BIN)/python -m emberfed.builtin.pretrain --family llama --output models/world-llama
+
+pretrain-llama-moe: $(STAMP) ## make that LLaMA sparse and train it further (pretrain-dense first; about ten minutes on a shared core)
+	$(BIN)/python -m emberfed.builtin.pretrain --family llama-moe --output models/world-llama-moe
+
+pretrain-deepseek: $(STAMP) ## make a small DeepSeek-V2 with shared experts on the built-in text (about sixteen minutes on a shared core)
+	$(BIN)/python -m emberfed.builtin.pretrain --family deepseek --output models/world-deepseek
 
 pretrain-vision: $(STAMP) ## make the built-in vision model again (about four minutes on one core)
 	$(BIN)/python -m emberfed.builtin.pretrain_vision --output build/vision_model

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emberfed import aggregation
 from emberfed.aggregation import FREQUENCIES, Frequency, Update, Weights, lora_factor
+from emberfed.errors import AggregationError
 
 
 def slow_weights(
@@ -210,3 +211,84 @@ def test_an_expert_nobody_used_is_kept_or_averaged() -> None:
     assert used is not None
     assert used.tolist() == [True, False]
     assert kept.used("elsewhere") is None
+
+
+# ------------------------------------------------------------------------------------------------ partial stacks
+
+
+@st.composite
+def partial_stacks(draw: st.DrawFn) -> tuple[Tensor, list[tuple[int, ...]], list[int], list[Tensor]]:
+    """Previous experts (E, 2, 3), and of each client: which experts it has, its examples, their tensors."""
+    experts = draw(st.integers(1, 5))
+    held = draw(st.lists(st.sets(st.integers(0, experts - 1)).map(lambda ids: tuple(sorted(ids))), max_size=4))
+    weights = draw(st.lists(st.integers(1, 300), min_size=len(held), max_size=len(held)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    tensors = [torch.randn(len(ids), 2, 3, generator=generator) for ids in held]
+    return torch.randn(experts, 2, 3, generator=generator), held, weights, tensors
+
+
+@given(partial_stacks())
+def test_an_expert_is_the_mean_of_those_who_hold_it(
+    stacks: tuple[Tensor, list[tuple[int, ...]], list[int], list[Tensor]],
+) -> None:
+    """One expert at a time, in float64; one that nobody holds keeps its bits, one of one client is that client's."""
+    previous, held, weights, tensors = stacks
+    before = [previous.clone(), *(tensor.clone() for tensor in tensors)]
+    result = aggregation.mean_of_holders(previous, held, torch.tensor(weights), iter(tensors))
+    for expert in range(len(previous)):
+        holders = [
+            (weight, tensor[ids.index(expert)])
+            for ids, weight, tensor in zip(held, weights, tensors, strict=True)
+            if expert in ids
+        ]
+        if len(holders) < 2:
+            assert torch.equal(result[expert], holders[0][1] if holders else previous[expert])
+            continue
+        total = sum(weight for weight, _ in holders)
+        slow = torch.stack([weight * tensor.double() for weight, tensor in holders]).sum(dim=0) / total
+        torch.testing.assert_close(result[expert].double(), slow, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(x, y) for x, y in zip(before, [previous, *tensors], strict=True)), "inputs are left as found"
+
+
+@given(partial_stacks())
+def test_whole_stacks_are_averaged_as_whole_stacks_are(
+    stacks: tuple[Tensor, list[tuple[int, ...]], list[int], list[Tensor]],
+) -> None:
+    previous, held, weights, _ = stacks
+    everybody = [tuple(range(len(previous)))] * len(held)
+    tensors = [previous * (index + 1) for index in range(len(held))]
+    result = aggregation.mean_of_holders(previous, everybody, torch.tensor(weights), tensors)
+    if held:
+        shares_CE = aggregation.data_weights(torch.tensor(weights))[:, None].expand(-1, len(previous))
+        assert torch.equal(result, aggregation.mean_per_expert(previous, tensors, shares_CE))
+    else:
+        assert torch.equal(result, previous)
+
+
+def test_holders_in_bfloat16_are_summed_in_float32() -> None:
+    """256 + 1 is 256 in bfloat16, so a sum in it would lose each 1; in float32 the mean of 256, 1 and 1 is 86."""
+    tensors = [torch.tensor([[value]], dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
+    previous = torch.zeros(2, 1, dtype=torch.bfloat16)
+    result = aggregation.mean_of_holders(previous, [(1,)] * 3, torch.ones(3), tensors)
+    assert result.dtype == torch.bfloat16
+    assert result.tolist() == [[0.0], [86.0]]
+
+
+@pytest.mark.parametrize(
+    ("held", "weight", "shape", "message"),
+    [
+        ((1, 0), 1.0, (2, 3), r"update 0 is of experts \[1, 0\]; ids must ascend within 0..3"),
+        ((1, 1), 1.0, (2, 3), r"experts \[1, 1\]"),
+        ((2, 4), 1.0, (2, 3), r"experts \[2, 4\]"),
+        ((-1, 2), 1.0, (2, 3), r"experts \[-1, 2\]"),
+        ((1, 2), 0.0, (2, 3), r"update 0 has weight 0"),
+        ((1, 2), float("nan"), (2, 3), r"update 0 has weight nan"),
+        ((1, 2), 1.0, (3, 3), r"update 0 has shape \(3, 3\); expected \(2, 3\)"),
+        ((1, 2), 1.0, (2, 2), r"update 0 has shape \(2, 2\); expected \(2, 3\)"),
+    ],
+)
+def test_partial_stacks_that_do_not_fit_are_refused(
+    held: tuple[int, ...], weight: float, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(AggregationError, match=message):
+        aggregation.mean_of_holders(torch.zeros(4, 3), [held], torch.tensor([weight]), [torch.zeros(shape)])

@@ -60,7 +60,7 @@ def test_the_command_writes_a_model_that_loads(tmp_path: Path) -> None:
         )
     }  # fmt: skip
     given = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "emberfed.builtin.pretrain", "--dense", f"--output={tmp_path}", *given]
+    command = [sys.executable, "-m", "emberfed.builtin.pretrain", "--family=llama", f"--output={tmp_path}", *given]
     subprocess.run(command, check=True, capture_output=True)
     recipe = json.loads((tmp_path / "recipe.json").read_text())
     assert DenseRecipe(**recipe["arguments"]) == TINY
@@ -71,7 +71,7 @@ def test_the_command_writes_a_model_that_loads(tmp_path: Path) -> None:
 
 
 def test_the_command_needs_to_be_told_where() -> None:
-    command = [sys.executable, "-m", "emberfed.builtin.pretrain", "--dense"]
+    command = [sys.executable, "-m", "emberfed.builtin.pretrain", "--family=llama"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--output" in done.stderr

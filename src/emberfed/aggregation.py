@@ -8,6 +8,7 @@ Shape suffixes: C clients, L layers, E experts.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -433,3 +434,44 @@ def mean_per_expert(previous: Tensor, tensors: Iterable[Tensor], weights_CE: Ten
     total, unused_E = total.to(previous.dtype), ~(weights_CE > 0).any(dim=0)
     total[unused_E] = previous[unused_E]
     return total
+
+
+def mean_of_holders(
+    previous: Tensor, held: Sequence[Sequence[int]], weights_C: Tensor, tensors: Iterable[Tensor]
+) -> Tensor:
+    """Return, for a stacked tensor (E, ...), each expert's own weighted mean over the clients that hold it.
+
+    For clients that send some of the experts each (FLUX). A weight counts relative to those of the expert's other
+    holders, so an expert of one client is exactly that client's. An expert that nobody holds keeps the bits of
+    `previous`. Sums run in the order given, in fp32.
+
+    Args:
+        previous: What the experts were.
+        held: Of each client, the ids of its n experts, ascending.
+        weights_C: Of each client, above 0: its examples, for averaging by data size.
+        tensors: Of each client, (n, ...); may be a generator: one client's tensor is in memory at a time.
+
+    Raises: AggregationError if ids are not ascending ids of experts, a weight is not positive, or a shape does not fit.
+    """
+    experts = len(previous)
+    weights_CE = torch.zeros(len(held), experts, dtype=torch.float64)
+    for client, (ids, weight) in enumerate(zip(held, weights_C.tolist(), strict=True)):
+        if list(ids) != sorted(set(ids)) or (ids and not 0 <= ids[0] <= ids[-1] < experts):
+            raise AggregationError(
+                f"update {client} is of experts {list(ids)}; ids must ascend within 0..{experts - 1}"
+            )
+        if not 0 < weight < math.inf:
+            raise AggregationError(f"update {client} has weight {weight:g}; a weight must be positive and finite")
+        weights_CE[client, list(ids)] = weight
+    total_E = weights_CE.sum(dim=0)
+    shares_CE = (weights_CE / total_E.where(total_E > 0, 1)).to(torch.float32)
+    sums = torch.zeros_like(previous, dtype=torch.float32)
+    for client, (ids, shares_E, tensor) in enumerate(zip(held, shares_CE.unbind(), tensors, strict=True)):
+        if tensor.shape != (expected := (len(ids), *previous.shape[1:])):
+            raise AggregationError(f"update {client} has shape {tuple(tensor.shape)}; expected {tuple(expected)}")
+        index_n = torch.tensor(ids, dtype=torch.int64, device=sums.device)
+        wide_n = shares_E.to(sums.device)[index_n].view(-1, *[1] * (previous.dim() - 1))
+        sums[index_n] = sums[index_n].addcmul(tensor.to(torch.float32), wide_n)
+    result, nobody_E = sums.to(previous.dtype), (total_E == 0).to(sums.device)
+    result[nobody_E] = previous[nobody_E]
+    return result

@@ -1,9 +1,10 @@
 """Pretraining of the built-in model: a byte-level BPE tokenizer and a tiny OLMoE, on the built-in world's plain text.
 
 Run `python -m emberfed.builtin.pretrain` to make the model that ships with the package again (CPU, one thread, about
-ten minutes). `--dense --output FOLDER` makes a small dense LLaMA in the same way, of the same text and with the same
-tokenizer, in about six. The folder written holds a transformers model and tokenizer, and `recipe.json`: the exact
-arguments and what came of them.
+ten minutes). `--family NAME --output FOLDER` makes a small model of another architecture in the same way, of the same
+text and with the same tokenizer: `llama` (dense), `llama-moe` (a dense LLaMA whose FFNs are divided into experts, then
+trained further) or `deepseek` (shared experts, latent attention). The folder written holds a transformers model and
+tokenizer, and `recipe.json`: the exact arguments and what came of them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import itertools
 import json
 import math
 import platform
+import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, final
@@ -25,9 +27,22 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from emberfed.builtin import model_path, plain_text
+from emberfed.models.balance import switch_loss
+from emberfed.models.upcycle import UpcycleConfig, upcycle
 from emberfed.seeds import Seeds
 
 END_OF_TEXT = "<|endoftext|>"
@@ -39,16 +54,10 @@ _DOCUMENTS_PER_CHUNK = 2000
 class Pretraining(ABC):
     """Everything the result depends on, besides library versions and the number of threads.
 
-    Attributes are sizes of the tokenizer, the model and the training; what they add is the model's architecture.
+    Attributes are those of the training; what they add is the tokenizer and the model.
     """
 
     seed: int = 0
-    vocab_size: int = 1536
-    tokenizer_documents: int = 20_000
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    max_positions: int = 512
     sequence_tokens: int = 256
     batch_size: int = 8
     steps: int = 1400
@@ -58,12 +67,32 @@ class Pretraining(ABC):
     threads: int = 1
 
     @abstractmethod
+    def tokenizer(self) -> Any:
+        """Return the tokenizer."""
+
+    @abstractmethod
     def build(self, tokenizer: Any) -> Any:
-        """Return the model with fresh weights, drawn from torch's global stream."""
+        """Return the model to train; fresh weights are drawn from torch's global stream."""
 
     @abstractmethod
     def losses(self, model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return what is minimised, and the cross-entropy in it, in nats per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromScratch(Pretraining):
+    """A tokenizer and a model of our own: their sizes."""
+
+    vocab_size: int = 1536
+    tokenizer_documents: int = 20_000
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    max_positions: int = 512
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Train the tokenizer."""
+        return train_tokenizer(self)
 
     def common(self, tokenizer: Any) -> dict[str, Any]:
         """Return the settings that transformers' configs of all architectures here share."""
@@ -83,7 +112,7 @@ class Pretraining(ABC):
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe(Pretraining):
+class Recipe(FromScratch):
     """The built-in model: an OLMoE."""
 
     expert_size: int = 64
@@ -105,14 +134,12 @@ class Recipe(Pretraining):
 
     def losses(self, model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return the loss with the routers' own, and without it."""
-        output = model(input_ids=input_ids, labels=input_ids, output_router_logits=True)
-        balance = float(output.aux_loss.detach())
-        return output.loss, float(output.loss.detach()) - self.router_aux_loss_coef * balance
+        return _losses_with_transformers_balance(model, input_ids, self.router_aux_loss_coef)
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseRecipe(Pretraining):
+class DenseRecipe(FromScratch):
     """Its dense relative: a LLaMA about as large as the part of the built-in model that is active at its own K."""
 
     hidden_size: int = 192
@@ -130,7 +157,115 @@ class DenseRecipe(Pretraining):
         return loss, float(loss.detach())
 
 
-def train_tokenizer(recipe: Pretraining) -> PreTrainedTokenizerFast:
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaMoeRecipe(Pretraining):
+    """A dense LLaMA made sparse and trained further, as LLaMA-MoE is (https://arxiv.org/abs/2406.16554).
+
+    The neurons of each FFN are divided among experts by balanced k-means. The training goes on with text that the dense
+    model has not read, which is why the seed is another one than the dense recipe's.
+
+    Attributes:
+        dense: Folder of the dense model, whose tokenizer is kept.
+        experts: Per layer.
+        top_k: Experts per token.
+        router_aux_loss_coef: Of the routers' balance.
+    """
+
+    dense: str = "models/world-llama"
+    seed: int = 1
+    experts: int = 16
+    top_k: int = 4
+    router_aux_loss_coef: float = 0.01
+    steps: int = 700
+    learning_rate: float = 1e-3
+
+    def tokenizer(self) -> Any:
+        """Read the dense model's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.dense)
+
+    def build(self, tokenizer: Any) -> Any:
+        """Return the dense model with its FFNs divided, a Mixtral."""
+        options = UpcycleConfig(method="clustered", num_experts=self.experts, top_k=self.top_k, seed=self.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            sparse = upcycle(Path(self.dense), Path(folder) / "sparse", options).path
+            model = AutoModelForCausalLM.from_pretrained(sparse, dtype=torch.float32)
+        model.config.router_aux_loss_coef = model.router_aux_loss_coef = self.router_aux_loss_coef
+        return model
+
+    def losses(self, model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the loss with the routers' own, and without it."""
+        return _losses_with_transformers_balance(model, input_ids, self.router_aux_loss_coef)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepseekRecipe(FromScratch):
+    """A DeepSeek-V2 shaped as DeepSeekMoE is (https://arxiv.org/abs/2401.06066), with latent attention.
+
+    Shared experts that every token passes, many small routed ones of which the best are kept without groups, and a
+    first layer without experts.
+
+    The router's weights are its softmax over all experts, never renormalised, so K of E begin with K / E together. They
+    are scaled by E / K, to begin with 1 together (DeepSeek-V2 scales by 16): without it the shared experts take over
+    more, and the routed ones matter less.
+    """
+
+    mlp_size: int = 384
+    expert_size: int = 64
+    experts: int = 32
+    shared_experts: int = 2
+    top_k: int = 4
+    latent_size: int = 64
+    head_size: int = 32
+    rotary_size: int = 16
+    router_aux_loss_coef: float = 0.005
+    steps: int = 900
+
+    def build(self, tokenizer: Any) -> Any:
+        """Return a DeepSeek-V2 with fresh weights."""
+        config = DeepseekV2Config(
+            **self.common(tokenizer),
+            intermediate_size=self.mlp_size,
+            moe_intermediate_size=self.expert_size,
+            n_routed_experts=self.experts,
+            n_shared_experts=self.shared_experts,
+            num_experts_per_tok=self.top_k,
+            first_k_dense_replace=1,
+            topk_method="greedy",
+            routed_scaling_factor=self.experts / self.top_k,
+            kv_lora_rank=self.latent_size,
+            q_lora_rank=None,
+            qk_nope_head_dim=self.head_size,
+            qk_rope_head_dim=self.rotary_size,
+            v_head_dim=self.head_size,
+        )
+        return DeepseekV2ForCausalLM(config)
+
+    def losses(self, model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the loss with the routers' own, and without it.
+
+        transformers has no loss of the routers for this architecture, so Switch's is added here, layer by layer.
+        """
+        output = model.model(input_ids=input_ids, output_router_logits=True)
+        logits_NV = model.lm_head(output.last_hidden_state[:, :-1]).flatten(0, 1)
+        entropy = cross_entropy(logits_NV, input_ids[:, 1:].flatten())
+        balance = torch.stack(
+            [switch_loss(logits_TE, logits_TE.topk(self.top_k).indices) for logits_TE in output.router_logits]
+        ).sum()
+        return entropy + self.router_aux_loss_coef * balance, float(entropy.detach())
+
+
+def _losses_with_transformers_balance(
+    model: Any, input_ids: torch.Tensor, coefficient: float
+) -> tuple[torch.Tensor, float]:
+    """Return the loss with the routers' own, which transformers has scaled by `coefficient`, and without it."""
+    output = model(input_ids=input_ids, labels=input_ids, output_router_logits=True)
+    balance = float(output.aux_loss.detach())
+    return output.loss, float(output.loss.detach()) - coefficient * balance
+
+
+def train_tokenizer(recipe: FromScratch) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE whose digits are single tokens, so that numbers are read digit by digit."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -157,7 +292,7 @@ def train_tokenizer(recipe: Pretraining) -> PreTrainedTokenizerFast:
 
 
 def new_model(recipe: Pretraining, tokenizer: Any) -> Any:
-    """Return the recipe's model with fresh weights; the global random state is left as found."""
+    """Return the recipe's model before training; the global random state is left as found."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Seeds(recipe.seed).integer("initial weights"))
         return recipe.build(tokenizer)
@@ -231,11 +366,11 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    """Make the built-in model, or its dense relative."""
+    """Make the built-in model, or one of another family."""
     output, recipe = _arguments()
     torch.set_num_threads(recipe.threads)
     started = time.perf_counter()
-    tokenizer = train_tokenizer(recipe)
+    tokenizer = recipe.tokenizer()
     model = new_model(recipe, tokenizer)
     loss = pretrain(recipe, model, tokenizer)
     save(model, tokenizer, output)
@@ -257,24 +392,33 @@ def main() -> None:
     print(json.dumps(result))
 
 
+RECIPES: Mapping[str, type[Recipe | DenseRecipe | LlamaMoeRecipe | DeepseekRecipe]] = {
+    "olmoe": Recipe,
+    "llama": DenseRecipe,
+    "llama-moe": LlamaMoeRecipe,
+    "deepseek": DeepseekRecipe,
+}
+"""By the name of the family."""
+
+
 def _arguments() -> tuple[Path, Pretraining]:
     """Read the command line: which recipe, and then its own options."""
     kind = argparse.ArgumentParser(add_help=False)
-    kind.add_argument("--dense", action="store_true", help="make the dense LLaMA instead")
-    dense = kind.parse_known_args()[0].dense
-    chosen: type[Recipe | DenseRecipe] = DenseRecipe if dense else Recipe
+    kind.add_argument("--family", choices=RECIPES, default="olmoe", help="architecture of the model")
+    family = kind.parse_known_args()[0].family
+    recipe = RECIPES[family]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=[kind]
     )
-    shipped = None if dense else model_path()
-    parser.add_argument("--output", type=Path, default=shipped, required=dense, help="folder to write")
-    for option in fields(chosen):
+    shipped = model_path() if family == "olmoe" else None
+    parser.add_argument("--output", type=Path, default=shipped, required=shipped is None, help="folder to write")
+    for option in fields(recipe):
         flag = f"--{option.name.replace('_', '-')}"
         parser.add_argument(flag, type=type(option.default), default=option.default)
     arguments = vars(parser.parse_args())
-    del arguments["dense"]
+    del arguments["family"]
     output: Path = arguments.pop("output")
-    return output, chosen(**arguments)
+    return output, recipe(**arguments)
 
 
 if __name__ == "__main__":
