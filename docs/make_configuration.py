@@ -8,6 +8,7 @@ import yaml
 
 from emberfed.cli.options import options, summary_line
 from emberfed.clients import ClientsConfig, Tier
+from emberfed.clock import ClockConfig, ServerClock
 from emberfed.config import OutputConfig
 from emberfed.data.config import (
     DirichletPartition,
@@ -17,6 +18,7 @@ from emberfed.data.config import (
     ShardsPartition,
     SizePartition,
 )
+from emberfed.devices import Device
 from emberfed.engine import engine_names, load_engine
 from emberfed.evaluation import EvaluationConfig
 from emberfed.method import load_method, method_names
@@ -52,9 +54,12 @@ def page() -> str:
         *(table(f"data.partition: {kind.__name__.removesuffix('Partition').lower()}", kind) for kind in partitions),
         table("clients", ClientsConfig),
         table("clients.tiers, each", Tier),
+        table("clients.tiers.device", Device),
         table("training", TrainingConfig),
         *(table(f"engine: {{name: {name}}}", load_engine(name).Config) for name in engine_names()),
         table("evaluation", EvaluationConfig),
+        table("clock", ClockConfig),
+        table("clock.server", ServerClock),
         table("output", OutputConfig),
     ]
     return "\n".join(parts)

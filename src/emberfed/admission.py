@@ -9,6 +9,7 @@ from typing import final
 import torch
 
 from emberfed.aggregation import LARGEST_VALUE
+from emberfed.clock import WORK
 from emberfed.errors import EmberfedError, closest
 from emberfed.metrics import Metric, recorded_with
 from emberfed.records import ACTIVATION_COUNTS, SCORES, Bundle, Json, Payload, Reply, TensorSpec
@@ -25,6 +26,7 @@ class Asked:
         specs: The tensors the answer must hold.
         top_k: The K it was given.
         adapter_top_k: The k of a sparse adapter it was given; then activation counts are of that.
+        exploited: The experts it was told to tune, by layer, where it tunes some only.
     """
 
     round: int
@@ -32,6 +34,7 @@ class Asked:
     specs: Mapping[str, TensorSpec]
     top_k: int | None
     adapter_top_k: int | None = None
+    exploited: Json = None
 
 
 def problem_of(reply: Reply, asked: Mapping[str, Asked], answered: set[str]) -> tuple[str, str | None]:
@@ -81,9 +84,10 @@ def _meta_problem(meta: Mapping[str, Json], asked: Asked) -> str | None:
         value = meta.get(key)
         if type(value) is not int or not 1 <= value <= _LARGEST_COUNT:
             return f"{key!r} must be a whole number from 1 to {_LARGEST_COUNT}, found {_short(value)}"
-    for key, given in (("top_k", asked.top_k), ("adapter_top_k", asked.adapter_top_k)):
+    for key in ("top_k", "adapter_top_k", "exploited"):
+        given = getattr(asked, key)
         if meta.get(key) != given:
-            return f"{key!r} is {meta.get(key)!r}, the client was given {given}"
+            return f"{key!r} is {_short(meta.get(key))}, the client was given {_short(given)}"
     stats = meta.get("stats")
     if not isinstance(stats, dict):
         return f"'stats' must be a mapping, found {stats!r}"
@@ -91,6 +95,10 @@ def _meta_problem(meta: Mapping[str, Json], asked: Asked) -> str | None:
         figure: Json = stats.get(key)
         if type(figure) not in (int, float) or not abs(figure) < _LARGEST_FIGURE:
             return f"'stats.{key}' must be a number below {_LARGEST_FIGURE:g}, found {_short(figure)}"
+    for key in WORK:
+        counted: Json = stats.get(key, 0)
+        if type(counted) not in (int, float) or not 0 <= counted < _LARGEST_FIGURE:
+            return f"'stats.{key}' must be a number from 0 below {_LARGEST_FIGURE:g}, found {_short(counted)}"
     return None
 
 

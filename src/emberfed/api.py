@@ -239,7 +239,7 @@ def _exported(folder: RunFolder, round: int) -> tuple[Path, dict[str, bytes]]:
 
 def _write_merged(checked: RunConfig, folder: RunFolder, adapter: Path, target: Path) -> None:
     assembly.check_same_settings(folder, checked)
-    unquantised = checked.model.model_copy(update={"expert_bits": None})
+    unquantised = checked.model.model_copy(update={"expert_bits": None, "expert_storage": "memory"})
     with cpu_threads(checked.model.threads):
         processor = checked.task.processor(unquantised)
         classes = folder.read_object("run.json").get("classes", [])

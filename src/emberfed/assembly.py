@@ -265,7 +265,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Json]:
         if section not in ("seed", "engine", "output", "evaluation")
         for key, value in values.items()
     }
-    free = ("training.rounds", "clients.min_replies", "model.threads", "model.device", *PLACES)
+    free = ("training.rounds", "clients.min_replies", "model.threads", "model.device", "model.expert_storage", *PLACES)
     return {"seed": config.seed, **{key: value for key, value in flat.items() if key not in free}}
 
 
@@ -305,6 +305,7 @@ def federate(
         personal=bool(material.held_out),
         evaluation=config.evaluation,
         keep_uploads=config.output.keep_uploads,
+        timing=config.clock if all(budget.device is not None for budget in material.budgets) else None,
     )
 
 

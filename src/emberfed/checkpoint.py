@@ -201,6 +201,14 @@ class RunFolder:
             storage.write(self.path / table, b"".join(parts))
         return problems
 
+    def metrics(self) -> list[dict[str, Json]]:
+        """Return the lines of the run's metrics.jsonl. Raises: RunFolderError if it cannot be read."""
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_bytes().splitlines()]
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{path} cannot be read: {error}") from None
+
     def log(self, level: str, message: str) -> None:
         """Append to events.jsonl. Raises: StorageError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, final
+from typing import Annotated, Self, final
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from emberfed.errors import ConfigError
+from emberfed.devices import Device, named
+from emberfed.errors import ConfigError, one_of
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
 
@@ -25,6 +26,11 @@ class Tier(Section):
         rank: LoRA rank, for methods that vary it.
         adapter_top_k: Experts of a sparse adapter activated per token, for methods that have one. A tier with it may
             leave out `top_k` and `beta`, and then has the checkpoint's own K (1 in a dense model).
+        tuned_experts: Experts it can train, over all layers, for methods that choose them.
+        held_experts: Experts its memory has room for, over all layers, those it trains and those merged from several
+            included. A tier with it may leave out `top_k` and `beta` too.
+        device: What its clients compute on, for the clock: the name of a known device, or all rates of another one
+            under a name of its own.
     """
 
     name: str = Field(pattern=r"^[\w.=-]+$")
@@ -33,14 +39,27 @@ class Tier(Section):
     beta: float | None = Field(None, gt=0, le=1)
     rank: int | None = Field(None, ge=1)
     adapter_top_k: int | None = Field(None, ge=1)
+    tuned_experts: int | None = Field(None, ge=1)
+    held_experts: int | None = Field(None, ge=1)
+    device: Annotated[Device | None, BeforeValidator(named)] = None
 
     @model_validator(mode="after")
     def _one_of_top_k_and_beta(self) -> Self:
         neither = self.top_k is None and self.beta is None
-        if (self.top_k is None) == (self.beta is None) and not (neither and self.adapter_top_k is not None):
+        limited_otherwise = self.adapter_top_k is not None or self.held_experts is not None
+        if (self.top_k is None) == (self.beta is None) and not (neither and limited_otherwise):
             raise ValueError(
                 f"tier {self.name!r} needs exactly one of top_k and beta (or adapter_top_k, where the method has an "
-                f"adapter beside the FFN)"
+                f"adapter beside the FFN, or held_experts, where it chooses the experts that a client holds)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _holds_what_it_tunes(self) -> Self:
+        if self.tuned_experts is not None and self.held_experts is not None and self.tuned_experts > self.held_experts:
+            raise ValueError(
+                f"tier {self.name!r} tunes {self.tuned_experts} experts and holds {self.held_experts}; held_experts "
+                f"counts those it tunes too, so tuned_experts may be {self.held_experts} at most"
             )
         return self
 
@@ -75,6 +94,11 @@ class ClientsConfig(Section):
         names = [tier.name for tier in self.tiers]
         if len(set(names)) < len(names):
             raise ValueError(f"tier names must differ, found {names}")
+        timed = [tier.name for tier in self.tiers if tier.device is not None]
+        if timed and len(timed) < len(names):
+            raise ValueError(
+                f"either all tiers have a device, or none; {one_of(sorted(set(names) - set(timed)))} have none"
+            )
         if self.per_round is not None and self.fraction != 1.0:
             raise ValueError("give fraction or per_round, not both")
         if self.asked > self.count:
@@ -94,12 +118,18 @@ class Budget:
         top_k: Active experts per token.
         rank: LoRA rank, if the tier gives one.
         adapter_top_k: Active experts of a sparse adapter per token, if the tier gives them.
+        tuned_experts: Experts it can train, over all layers, if the tier gives them.
+        held_experts: Experts its memory has room for, over all layers, trained ones included, if the tier gives them.
+        device: What it computes on, for the clock, if the tier says so.
     """
 
     tier: str
     top_k: int
     rank: int | None = None
     adapter_top_k: int | None = None
+    tuned_experts: int | None = None
+    held_experts: int | None = None
+    device: Device | None = None
 
 
 @final
@@ -131,7 +161,8 @@ def resolve(tiers: Sequence[Tier], native_top_k: int, largest_top_k: int) -> lis
                 else "activate one only, as dense models do; set top_k: 1, or give beta"
             )
             raise ConfigError(f"clients.tiers: tier {tier.name!r} has top_k {top_k}, the model can {limit}")
-        budgets.append(Budget(tier.name, top_k, tier.rank, tier.adapter_top_k))
+        limits = (tier.rank, tier.adapter_top_k, tier.tuned_experts, tier.held_experts)
+        budgets.append(Budget(tier.name, top_k, *limits, tier.device))
     return budgets
 
 

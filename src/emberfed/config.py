@@ -12,7 +12,9 @@ import yaml
 from pydantic import Field
 
 from emberfed.clients import ClientsConfig
+from emberfed.clock import ClockConfig
 from emberfed.data.config import CorpusConfig
+from emberfed.devices import KNOWN
 from emberfed.engine import Engine, load_engine
 from emberfed.errors import ConfigError, closest, one_of
 from emberfed.evaluation import EvaluationConfig
@@ -49,6 +51,7 @@ class _Sections(Section):
     training: TrainingConfig = TrainingConfig()
     engine: dict[str, Any] = Field(default_factory=lambda: {"name": "local"})
     evaluation: EvaluationConfig = EvaluationConfig()
+    clock: ClockConfig = ClockConfig()
     output: OutputConfig = OutputConfig()
 
 
@@ -68,6 +71,7 @@ class RunConfig:
     engine_name: str
     engine: Section
     evaluation: EvaluationConfig
+    clock: ClockConfig
     output: OutputConfig
 
     @property
@@ -97,6 +101,7 @@ class RunConfig:
             "training": self.training.model_dump(mode="json"),
             "engine": {"name": self.engine_name, **self.engine.model_dump(mode="json")},
             "evaluation": self.evaluation.model_dump(mode="json"),
+            "clock": self.clock.model_dump(mode="json"),
             "output": self.output.model_dump(mode="json"),
         }
 
@@ -138,6 +143,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("this is an arena, a grid of runs: give it to `emberfed compare`")
     sections = validate(_Sections, values, "")
     _check_evaluated(sections.evaluation, sections.clients)
+    _check_clock(sections.clock, sections.clients)
     method_name, method_values = _named(sections.method, "method")
     engine_name, engine_values = _named(sections.engine, "engine")
     method, engine = load_method(method_name), load_engine(engine_name)
@@ -153,6 +159,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
         engine_name=engine_name,
         engine=validate(engine.Config, engine_values, "engine"),
         evaluation=sections.evaluation,
+        clock=sections.clock,
         output=sections.output,
     )
 
@@ -165,6 +172,17 @@ def _check_evaluated(evaluation: EvaluationConfig, clients: ClientsConfig) -> No
             raise ConfigError(
                 f"'evaluation.tiers': no tier is called {name!r}{closest(name, names)} (there are {one_of(names)})"
             )
+
+
+def _check_clock(clock: ClockConfig, clients: ClientsConfig) -> None:
+    """Check that there is a clock where something depends on it. Raises: ConfigError."""
+    wanted = [key for key in ("deadline_seconds", "targets") if getattr(clock, key)]
+    bare = [tier.name for tier in clients.tiers if tier.device is None]
+    if wanted and bare:
+        raise ConfigError(
+            f"'clock.{wanted[0]}' needs to know how fast clients are, and the tiers {one_of(bare)} have no device; "
+            f"give each tier one (clients.tiers, device: there are {one_of(KNOWN)}), or leave the key out"
+        )
 
 
 def _data(section: Mapping[str, Any]) -> CorpusConfig:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import final
 
-from emberfed import admission, events
+from emberfed import admission, clock, events
 from emberfed.admission import Asked
 from emberfed.checkpoint import PartialRound
 from emberfed.clients import Client
+from emberfed.clock import ClientTime, ClockConfig
 from emberfed.errors import RoundFailed
 from emberfed.method import Method
 from emberfed.records import ACTIVATION_COUNTS, Bundle, ClientFailed, Job, Json, Payload, Reply
@@ -18,8 +19,23 @@ from emberfed.records import ACTIVATION_COUNTS, Bundle, ClientFailed, Job, Json,
 class Inbox:
     """Collects a round's uploads; remembers who failed and who was refused, by name."""
 
-    def __init__(self, round: int, cohort: Sequence[Client], partial: PartialRound, listen: events.Listener) -> None:
-        """Open the round's inbox; uploads kept before an interruption count as received."""
+    def __init__(
+        self,
+        round: int,
+        cohort: Sequence[Client],
+        partial: PartialRound,
+        listen: events.Listener,
+        timing: ClockConfig | None = None,
+    ) -> None:
+        """Open the round's inbox; uploads kept before an interruption count as received.
+
+        Args:
+            round: The round.
+            cohort: Who is asked.
+            partial: Where admitted uploads go.
+            listen: Who hears of replies.
+            timing: The clock's settings, for clients that all have a device; None: there is no clock.
+        """
         self.failed: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         self._round = round
@@ -29,6 +45,8 @@ class Inbox:
         self._records = {id_: record for id_, record in partial.kept().items() if id_ in self._cohort}
         self._asked: dict[str, Asked] = {}
         self._bytes_down: dict[str, int] = {}
+        self._timing = timing
+        self._missed_deadline = False
 
     def excuse(self, client: str, reason: str) -> None:
         """Ask a client nothing in this round, since it already failed."""
@@ -55,7 +73,7 @@ class Inbox:
             specs = method.expects(state, download)
             data = download.to_bytes()
             meta = download.content.meta
-            given = meta.get("top_k"), meta.get("adapter_top_k")
+            given = meta.get("top_k"), meta.get("adapter_top_k"), meta.get("exploited")
             self._asked[client.id] = Asked(self._round, client.id, specs, *given)
             self._bytes_down[client.id] = len(data)
             yield Job(self._round, client.id, data)
@@ -73,8 +91,8 @@ class Inbox:
             answered = set(self._records) | set(self.refused)
             sender, problem = admission.problem_of(reply, self._asked, answered)
             if problem is None:
-                self._keep(reply)
-            else:
+                problem = self._keep(reply)
+            if problem is not None:
                 self.refused[sender] = problem
                 if self._records.pop(sender, None) is not None:
                     self._partial.discard(sender)
@@ -101,7 +119,15 @@ class Inbox:
         """Lines for clients.jsonl, sorted by client id."""
         return [self._records[name] for name in sorted(self._records)]
 
-    def _keep(self, reply: Reply) -> None:
+    def clock_seconds(self) -> float:
+        """Return how long the round takes on the clock, up to the state after it. There must be one."""
+        assert self._timing is not None, "only a round with a clock is timed"
+        parts = [ClientTime(line["clock_seconds"], line["clock_idle_seconds"]) for line in self.records]
+        server = clock.server_seconds(self._timing.server, sum(line["bytes_up"] for line in self.records))
+        return clock.round_seconds(parts, server, self._timing.deadline_seconds if self._missed_deadline else None)
+
+    def _keep(self, reply: Reply) -> str | None:
+        """Keep an upload that can be used, unless its client missed the deadline: then return that."""
         payload = Payload.from_bytes(reply.upload)
         client, content = self._cohort[reply.client], payload.content
         counts = content.tensors.get(ACTIVATION_COUNTS)
@@ -117,5 +143,14 @@ class Inbox:
             **reply.measured,
             "activation_counts": None if counts is None else counts.tolist(),
         }
+        if self._timing is not None and client.budget.device is not None:
+            stats, traffic = content.meta["stats"], (record["bytes_down"], record["bytes_up"])
+            time = clock.client_time(client.budget.device, stats, *traffic)
+            late = clock.lateness(self._timing, time.busy_seconds)
+            if late is not None:
+                self._missed_deadline = True
+                return late
+            record |= {"clock_seconds": time.busy_seconds, "clock_idle_seconds": time.idle_seconds}
         self._partial.keep(client.id, reply.upload, record)
         self._records[client.id] = record
+        return None

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from emberfed import clients, costs, events, personal
+from emberfed import clients, clock, costs, events, personal
 from emberfed.checkpoint import RunFolder
 from emberfed.clients import Budget, Client, ClientsConfig
+from emberfed.clock import ClockConfig
 from emberfed.data.shard import Shard
 from emberfed.engine import Engine, IdleTime
 from emberfed.evaluation import EvaluationConfig
@@ -22,6 +23,7 @@ from emberfed.seeds import Seeds
 from emberfed.surveys import Surveys
 from emberfed.tasks import Task
 
+_Lines = list[dict[str, Json]]
 _OVERFLOW = "the model overflows: lower training.learning_rate, or use model.dtype bfloat16 or float32"
 
 
@@ -36,6 +38,7 @@ class Federation:
         budgets: Those of all tiers.
         evaluated: Those that the global model is evaluated at.
         personal: Whether clients keep examples for evaluating their own models.
+        timing: The clock's settings if every tier has a device; None: there is no clock.
     """
 
     rounds: int
@@ -53,6 +56,7 @@ class Federation:
     personal: bool
     evaluation: EvaluationConfig
     keep_uploads: bool
+    timing: ClockConfig | None = None
 
 
 def run(federation: Federation, folder: RunFolder, listen: events.Listener = events.ignore) -> Bundle:
@@ -67,7 +71,7 @@ def run(federation: Federation, folder: RunFolder, listen: events.Listener = eve
     for round in range(done + 1, federation.rounds + 1):
         started = time.perf_counter()
         cohort = clients.cohort(federation.clients, federation.participation, round, federation.seeds)
-        inbox = Inbox(round, cohort, folder.partial(round), _logged(folder, listen))
+        inbox = Inbox(round, cohort, folder.partial(round), _logged(folder, listen), federation.timing)
         resumed_seconds = _seconds(inbox.records)
         listen(events.RoundStarted(round, federation.rounds, len(inbox.waiting)))
         state = _assigned(federation, state, inbox, round)
@@ -79,12 +83,25 @@ def run(federation: Federation, folder: RunFolder, listen: events.Listener = eve
         exported = method.export(state, model)
         seconds = time.perf_counter() - started + resumed_seconds
         summary = _summary(round, inbox, evaluations, seconds, federation.engine.take_idle())
+        if federation.timing is not None:
+            evaluations, summary = _on_clock(federation.timing, folder, inbox, evaluations, summary)
         folder.commit(round, state, exported, [*evaluations, summary], inbox.records)
         if not federation.keep_uploads:
             folder.drop_uploads(round)
         listen(events.RoundDone(round, _quality(federation, evaluations), summary["seconds"]))
     folder.finish(max(done, federation.rounds))
     return state
+
+
+def _on_clock(
+    timing: ClockConfig, folder: RunFolder, inbox: Inbox, evaluations: _Lines, summary: dict[str, Json]
+) -> tuple[_Lines, dict[str, Json]]:
+    """Return a round's lines with their seconds on the clock, and those of targets that it is the first to reach."""
+    before, spent = folder.metrics(), inbox.clock_seconds()
+    now = clock.elapsed(before) + spent
+    timed = [{**line, "clock_seconds": now} for line in evaluations]
+    reached = clock.newly_reached(timing.targets, timed, before)
+    return [*timed, *reached], {**summary, "clock_seconds": spent, "clock_total_seconds": now}
 
 
 def _assigned(federation: Federation, state: Bundle, inbox: Inbox, round: int) -> Bundle:
@@ -169,6 +186,9 @@ def _start(federation: Federation, folder: RunFolder, listen: events.Listener) -
     started = time.perf_counter()
     state = federation.method.init(federation.model, federation.budgets, federation.seeds.at(purpose="init"))
     evaluations = _evaluate(federation, state, 0, _logged(folder, listen))
+    if federation.timing is not None:
+        evaluations = [{**line, "clock_seconds": 0.0} for line in evaluations]
+        evaluations += clock.newly_reached(federation.timing.targets, evaluations, [])
     folder.commit(0, state, federation.method.export(state, federation.model), evaluations, [])
     listen(events.RoundDone(0, _quality(federation, evaluations), time.perf_counter() - started))
     return 0, state

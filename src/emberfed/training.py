@@ -13,11 +13,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from emberfed import costs, events
+from emberfed import costs, events, traffic
 from emberfed.data.shard import Batch, Shard
 from emberfed.errors import ClientError, ConfigError
+from emberfed.models.compact import Compact
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.groups import TrainableGroups, clip_gradients
+from emberfed.models.offloaded import disk_bytes_read
 from emberfed.models.trainable import Trainable
 from emberfed.penalties import Penalty, ProximalPenalty
 from emberfed.records import Json
@@ -94,6 +96,8 @@ class FitStats:
         losses: Mean loss of each step, in nats per target.
         counts_LE: int64 (layers, experts), (token, slot) assignments without padding.
         flops: Forward and backward matrix products, without what gradient checkpointing computes again.
+        memory_traffic_bytes: Weights read, and what the optimiser reads and writes: see `traffic`.
+        disk_bytes: Weights read from disk, of a model whose experts are there.
     """
 
     steps: int
@@ -102,6 +106,8 @@ class FitStats:
     losses: tuple[float, ...]
     counts_LE: Tensor
     flops: int
+    memory_traffic_bytes: int
+    disk_bytes: int
 
     def json(self) -> dict[str, Json]:
         """Return what `clients.jsonl` keeps; loss curves are thinned to at most 50 points."""
@@ -115,6 +121,8 @@ class FitStats:
             "loss_mean": math.fsum(self.losses) / len(self.losses),
             "losses": [[step + 1, loss] for step, loss in enumerate(self.losses) if step % stride == 0],
             "flops": self.flops,
+            "memory_traffic_bytes": self.memory_traffic_bytes,
+            "disk_bytes": self.disk_bytes,
             "share_of_experts_touched": float((self.counts_LE > 0).double().mean()) if self.counts_LE.numel() else None,
         }
 
@@ -154,6 +162,7 @@ class Trainer:
         round: int,
         seeds: Seeds,
         penalty: Penalty | None = None,
+        compact: Compact | None = None,
     ) -> FitStats:
         """Train the adapter, attached to `model`, on the shard.
 
@@ -168,6 +177,7 @@ class Trainer:
             round: The round, from 1, for the learning rate.
             seeds: The place whose draws these are.
             penalty: The method's own, added to the loss of every step beside that of `proximal_mu`.
+            compact: The model's state if it holds fewer experts than it has: what they computed is counted there.
 
         Returns:
             What was done. Losses are those of the targets alone, without penalties and auxiliary losses.
@@ -186,9 +196,10 @@ class Trainer:
         if config.proximal_mu > 0:
             penalties.append(ProximalPenalty.around(adapter.parameters, config.proximal_mu))
         losses: list[float] = []
-        tokens = target_tokens = 0
+        tokens = target_tokens = moved_bytes = 0
         work: costs.Work | None = None
-        with _checkpointing(model, config), adapter.counting() as counter:
+        read_before = disk_bytes_read(model.lm)
+        with _checkpointing(model, config), adapter.counting() as counter, traffic.counting_reads(model) as reads:
             for step, batch in zip(range(steps), self._batches(shard, seeds), strict=False):
                 targets = sum(micro.targets for micro in batch)
                 step_loss = 0.0
@@ -204,15 +215,30 @@ class Trainer:
                     work = done.work if work is None else work + done.work
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, round, step, steps)
-                self._step(groups, optimizer, counter.take() > 0, penalties, at)
+                elements = self._step(groups, optimizer, counter.take() > 0, penalties, at)
+                moved_bytes += traffic.trained_bytes(elements, len(batch))
                 target_tokens += targets
                 losses.append(step_loss / targets)
                 self._listen(events.Step(client, step + 1, steps, losses[-1]))
             counts_LE = counter.counts.clone()
+            moved_bytes += reads.frozen_bytes(adapter.parameters, config.gradient_checkpointing)
         assert work is not None, "a shard has at least one example"
-        work = replace(work, adapter_rows=work.routed_tokens * adapter.top_k)
+        work = replace(
+            work,
+            adapter_rows=work.routed_tokens * adapter.top_k,
+            expert_work=None if compact is None else compact.take(),
+        )
         flops = costs.training_flops(model.shape, work, adapter.parameters)
-        return FitStats(steps, tokens, target_tokens, tuple(losses), counts_LE, flops)
+        return FitStats(
+            steps=steps,
+            tokens=tokens,
+            target_tokens=target_tokens,
+            losses=tuple(losses),
+            counts_LE=counts_LE,
+            flops=flops,
+            memory_traffic_bytes=moved_bytes,
+            disk_bytes=disk_bytes_read(model.lm) - read_before,
+        )
 
     def _batches(self, shard: Shard, seeds: Seeds) -> Iterator[list[Batch]]:
         """Yield the micro batches of each optimiser step."""
@@ -238,7 +264,8 @@ class Trainer:
         touched_LE: Tensor,
         penalties: Sequence[Penalty],
         at: str,
-    ) -> None:
+    ) -> int:
+        """Take a step; return how many elements have a gradient."""
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         gradients = groups.take_gradients(touched_LE)
         for penalty in penalties:
@@ -247,6 +274,7 @@ class Trainer:
         _finite(norm, "gradient norm", at)
         optimizer.step()
         groups.zero_grad()
+        return sum(gradient.values.numel() for gradient in gradients)
 
 
 def check_possible(model: FoundationModel, config: TrainingConfig) -> None:

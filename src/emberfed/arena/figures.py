@@ -13,6 +13,7 @@ from emberfed.arena.results import Comparison, Group, PersonalResult, Place, Tie
 from emberfed.arena.statistics import Spread
 from emberfed.metrics import Metric
 from emberfed.report import numbers
+from emberfed.report.figures import clock_panel
 from emberfed.report.markup import Html
 from emberfed.report.plotting import PAPER, RULE, Axes, Panel, Series, area_legend, figure, line_legend, shorten
 
@@ -247,6 +248,18 @@ def _points(comparison: Comparison, places: Sequence[Place], name: str, cost: _C
         if spent is not None and quality is not None:
             found.append((spent.mean, quality.mean))
     return sorted(found, key=lambda point: point[0])
+
+
+def over_clock(comparison: Comparison, identifier: str) -> Html:
+    """The headline metric against seconds on the clients' clock: a line for a contestant, a panel for a budget."""
+    panels = {}
+    for place in comparison.places():
+        curves = {one: curve for one in contestants(comparison) if (curve := comparison.curve(place, one.name))}
+        title = ", ".join(part for part in (group_title(comparison, place), place.label) if part)
+        panels[title] = clock_panel(comparison.headline, curves, comparison.targets)
+    seeds = ", mean over seeds of each round" if len(comparison.grid.seeds) > 1 else ""
+    caption = f"{comparison.headline.heading} against seconds on the clients’ clock{seeds}; dashed: the targets."
+    return figure(identifier, caption, line_legend(contestants(comparison)), panels)
 
 
 def personal(comparison: Comparison, identifier: str) -> Html:

@@ -50,6 +50,7 @@ class ArenaConfig(Section):
         rows: Overrides by name: the table's rows, for instance the number of clients.
         sweep: One key at several values.
         on_top: Names of two methods, the second made of the first, that are drawn beside each other.
+        reference: The method that speed-ups on the clients' clock are against; null: the first.
     """
 
     title: str | None = None
@@ -62,6 +63,7 @@ class ArenaConfig(Section):
     rows: dict[str, Overrides] = Field(default_factory=dict)
     sweep: Sweep | None = None
     on_top: list[tuple[str, str]] = Field(default_factory=list)
+    reference: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -72,6 +74,11 @@ class ArenaConfig(Section):
                 raise ValueError(
                     f"on_top names the method {name!r}{closest(name, self.methods) or ', which is absent'}"
                 )
+        if self.reference is not None and self.reference not in self.methods:
+            raise ValueError(
+                f"reference names the method {self.reference!r}{closest(self.reference, self.methods)} "
+                f"(there are {one_of(self.methods)})"
+            )
         return self
 
 
@@ -132,6 +139,7 @@ class Grid:
         values: Values of the swept key; a single None where nothing is swept.
         sweep_label: What the swept key is called.
         on_top: Pairs of methods, the second made of the first.
+        reference: The method that speed-ups are against.
         cells: All runs, those that share model and data beside each other.
         folder: Where runs of the base configuration go.
     """
@@ -143,6 +151,7 @@ class Grid:
     values: tuple[float | None, ...]
     sweep_label: str
     on_top: tuple[tuple[str, str], ...]
+    reference: str
     cells: tuple[Cell, ...]
     folder: Path
 
@@ -199,6 +208,7 @@ def load(
         values=_values(arena.sweep),
         sweep_label=_label(arena.sweep),
         on_top=tuple(arena.on_top),
+        reference=next(iter(arena.methods)) if arena.reference is None else arena.reference,
         cells=_grouped(cells),
         folder=Path(checked.output.folder) / f"compare-{stem}",
     )
@@ -245,7 +255,8 @@ def _only(arena: ArenaConfig, methods: Sequence[str]) -> ArenaConfig:
             )
     kept = {name: overrides for name, overrides in arena.methods.items() if name in methods}
     pairs = [pair for pair in arena.on_top if set(pair) <= set(kept)]
-    return arena.model_copy(update={"methods": kept, "on_top": pairs})
+    reference = arena.reference if arena.reference in kept else None
+    return arena.model_copy(update={"methods": kept, "on_top": pairs, "reference": reference})
 
 
 def _values(sweep: Sweep | None) -> tuple[float | None, ...]:

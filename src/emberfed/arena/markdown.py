@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -30,6 +31,10 @@ def markdown(comparison: Comparison) -> str:
     parts += footnotes(comparison)
     if comparison.has_personal:
         parts += ["## Clients’ own models", personal_note(comparison), _personal(comparison)]
+    if comparison.has_clock and comparison.targets:
+        head = ["of", *comparison.contestants]
+        rows_ = [[" · ".join(told), *cells] for told, cells in times(comparison)]
+        parts += ["## Time to accuracy", times_note(comparison), _pipes(head, rows_)]
     parts += ["## Costs", costs_note(comparison), _costs(comparison), "## Set-up", *setup(comparison)]
     undone = without_result(comparison)
     if undone:
@@ -158,6 +163,36 @@ def _what_marks_mean(comparison: Comparison) -> list[str]:
         f"more than {least:.1f} times the standard deviation of these. {TIE} does not mean equal, and of twenty "
         f"comparisons without any difference about one looks separated.",
     ]
+
+
+def times_note(comparison: Comparison) -> str:
+    """Return what the table of times to the targets shows."""
+    mean = ", mean over seeds" if len(comparison.grid.seeds) > 1 else ""
+    return (
+        f"Seconds on the clients’ clock until {comparison.headline.title} first reached the target{mean}, and how many "
+        f"times sooner that is than {comparison.reference}. Where not every seed reached it, how many did."
+    )
+
+
+def times(comparison: Comparison) -> Iterator[tuple[list[str], list[str]]]:
+    """Return the rows of that table: what they are of, and a cell for each contestant."""
+    for place in comparison.places():
+        for target in comparison.targets:
+            told = [place.column, place.row, comparison.grid.swept(place.sweep), place.label]
+            cells = [_time(comparison, place, name, target) for name in comparison.contestants]
+            yield [*(part for part in told if part), numbers.score(target)], cells
+
+
+def _time(comparison: Comparison, place: Place, name: str, target: float) -> str:
+    found = comparison.times_to(place, name, target)
+    if not found:
+        return numbers.MISSING
+    reached = [seconds for seconds in found if seconds < math.inf]
+    if len(reached) < len(found):
+        return f"{len(reached)} of {len(found)} reached it"
+    factor = comparison.speed_up(place, name, target)
+    against = "" if math.isnan(factor) or name == comparison.reference else f" ({factor:.2f}×)"
+    return f"{numbers.clock(fmean(reached))}{against}"
 
 
 PERSONAL = ("Clients", "Mean", "Worst tenth", "Standard deviation", "Mean loss")

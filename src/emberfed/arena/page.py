@@ -20,6 +20,8 @@ def page(comparison: Comparison) -> str:
         parts["Quality"] = _quality(comparison)
         if comparison.grid.on_top:
             parts["One method on top of another"] = figures.on_top(comparison, "on-top")
+        if comparison.has_clock:
+            parts["Time on the clients’ clock"] = _clock(comparison)
         if comparison.has_personal:
             parts["Clients’ own models"] = _personal(comparison)
         parts["Quality and cost"] = join([figures.costs(comparison, "costs"), _costs(comparison)])
@@ -78,6 +80,15 @@ def _table(comparison: Comparison, metric: Metric, title: str, places: Sequence[
         rows.append([place.label, *(_marked(*cell) for cell in cells)])
     caption = f"{metric.with_unit}{f', {title}' if title else ''} ({metric.direction})"
     return table(caption, ["Budget", *comparison.contestants], rows)
+
+
+def _clock(comparison: Comparison) -> Html:
+    drawn = figures.over_clock(comparison, "clock")
+    if not comparison.targets:
+        return drawn
+    rows = [[" · ".join(told), *cells] for told, cells in markdown.times(comparison)]
+    listed = table("Time to accuracy", ["Of", *comparison.contestants], rows)
+    return join([drawn, tag("p", markdown.times_note(comparison), class_="byline"), listed])
 
 
 def _personal(comparison: Comparison) -> Html:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, final
 
 import emberfed
@@ -14,6 +15,7 @@ from emberfed.arena.statistics import PairedTest, Spread, paired
 from emberfed.errors import RunFolderError
 from emberfed.metrics import Metric, loss_beside
 from emberfed.records import Json
+from emberfed.report.figures import Curve, clock_curve
 from emberfed.report.reading import RunFolder as ReadRun
 from emberfed.report.reading import read_run
 from emberfed.report.views import (
@@ -48,6 +50,7 @@ class TierResult:
         seconds: What one of its clients takes for one round, on average.
         peak_memory_bytes: The most that any of its clients took.
         adapter_top_k: Its number of active experts of a sparse adapter; None without one.
+        curve: Seconds on the clients' clock and the headline metric at each evaluation; empty without a clock.
     """
 
     tier: str
@@ -61,6 +64,11 @@ class TierResult:
     seconds: float
     peak_memory_bytes: float
     adapter_top_k: int | None = None
+    curve: Curve = ()
+
+    def seconds_to(self, target: float) -> float:
+        """Return when the headline metric first reached a target, on the clients' clock; infinite if it did not."""
+        return next((seconds for seconds, value in self.curve if value >= target), math.inf)
 
     def of(self, metric: Metric) -> float:
         """Return its quality by a metric, NaN if that was not recorded."""
@@ -81,7 +89,8 @@ class TierResult:
         """Return the tier as plain values."""
         names = {"tier": self.tier, "top_k": self.top_k, **_adapter_json(self.adapter_top_k)}
         figures = {name: _finite(value) for name, value in self.figures.items()}
-        return {**names, "examples": self.examples, **figures}
+        curve = {"clock": [list(point) for point in self.curve]} if self.curve else {}
+        return {**names, "examples": self.examples, **figures, **curve}
 
 
 _COSTS = ("flops", "bytes_down", "bytes_up", "seconds", "peak_memory_bytes")
@@ -336,6 +345,44 @@ class Comparison:
         }
 
     @property
+    def has_clock(self) -> bool:
+        """Whether any run was on the clients' clock."""
+        return any(tier.curve for one in self.cells for tier in one.tiers)
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The values of the headline metric whose first time is of interest, ascending."""
+        return tuple(sorted({target for one in self.cells for target in one.cell.config.clock.targets}))
+
+    def curve(self, place: Place, contestant: str) -> Curve:
+        """Return seconds on the clients' clock and the headline metric, mean over seeds of each evaluation."""
+        runs = [tier.curve for tier in self.at(place, contestant).values() if tier.curve]
+        return tuple(
+            (fmean(seconds for seconds, _ in points), fmean(value for _, value in points))
+            for points in zip(*runs, strict=False)
+        )
+
+    def times_to(self, place: Place, contestant: str, target: float) -> tuple[float, ...]:
+        """Return the seconds until a target was first reached, by seed; infinite where it was not."""
+        return tuple(tier.seconds_to(target) for tier in self.at(place, contestant).values() if tier.curve)
+
+    def speed_up(self, place: Place, contestant: str, target: float) -> float:
+        """Return how much sooner a contestant reached a target than the reference, in means over seeds.
+
+        NaN if either did not reach it with every seed.
+        """
+        own, other = (self.times_to(place, name, target) for name in (contestant, self.reference))
+        if not (own and other and max(own) < math.inf and max(other) < math.inf and fmean(own) > 0):
+            return math.nan
+        return fmean(other) / fmean(own)
+
+    @property
+    def reference(self) -> str:
+        """The contestant that speed-ups are against."""
+        named = self.grid.reference
+        return named if named in self.contestants else self.contestants[0]
+
+    @property
     def has_personal(self) -> bool:
         """Whether any run evaluated the clients' own models."""
         return any(one.personal is not None for one in self.cells)
@@ -376,6 +423,7 @@ class Comparison:
                 if (found := self.at(place, name))
             ],
             **({"personal": list(self._personal_json())} if self.has_personal else {}),
+            **({"time_to_accuracy": list(self._times_json())} if self.has_clock else {}),
             "contests": [
                 {
                     **contest.place.json(),
@@ -387,6 +435,20 @@ class Comparison:
                 for contest in self.contests()
             ],
         }
+
+    def _times_json(self) -> Iterator[dict[str, Json]]:
+        for place in self.places():
+            for name in self.contestants:
+                for target in self.targets:
+                    yield {
+                        **place.json(),
+                        "contestant": name,
+                        "metric": self.headline.key,
+                        "target": target,
+                        "clock_seconds": [_finite(seconds) for seconds in self.times_to(place, name, target)],
+                        "reference": self.reference,
+                        "speed_up": _finite(self.speed_up(place, name, target)),
+                    }
 
     def _personal_json(self) -> Iterator[dict[str, Json]]:
         for group in self.groups():
@@ -489,4 +551,5 @@ def _tier(run: ReadRun, tier: TierView) -> TierResult:
         seconds=mean(line.seconds for line in clients),
         peak_memory_bytes=largest(line.peak_memory_bytes for line in clients),
         adapter_top_k=tier.adapter_top_k,
+        curve=clock_curve(lines, run.headline),
     )

@@ -307,19 +307,30 @@ def plan(config: Config = None, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command(epilog="Example: emberfed doctor config.yaml --set model.expert_bits=4")
-def doctor(config: Config = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def doctor(
+    config: Config = None,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure how fast this machine is, as a tier's device.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check this machine and the model (tiers and data: see `plan`); exit code 1 if something essential is broken."""
     with output(as_json).errors():
         from dataclasses import asdict
 
         from emberfed import config as configuration
+        from emberfed import speed
         from emberfed.cli import tables
         from emberfed.cli.doctor import examine, examine_model
 
         model, memory = examine_model(configuration.load(config, overrides or ()))
         found = [*examine(Path("runs")), model]
         document = {"checks": [asdict(check) for check in found], "memory": [row.json() for row in memory]}
-        output(as_json).result(document, tables.checks(found), *tables.memory(memory))
+        device = speed.measured("measured", Path("runs")) if measure else None
+        own = {} if device is None else {"device": device.model_dump(mode="json")}
+        shown = [] if device is None else [tables.device(device)]
+        output(as_json).result({**document, **own}, tables.checks(found), *tables.memory(memory), *shown)
         if any(check.state == "broken" for check in found):
             raise typer.Exit(1)
 

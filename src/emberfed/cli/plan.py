@@ -12,10 +12,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emberfed import assembly, federated
+from emberfed import assembly, clock, federated
 from emberfed.assembly import Material
 from emberfed.cli.tables import plain_table
 from emberfed.clients import Budget, Client
+from emberfed.clock import Effort
 from emberfed.config import RunConfig
 from emberfed.costs import Work, backward_flops, forward_flops, recomputed_flops, training_flops
 from emberfed.data.shard import Batch
@@ -42,6 +43,7 @@ class TierPlan:
         round_flops: Forward and backward in round 1, mean of its clients.
         memory: During that step.
         download_bytes, upload_bytes: Of one client and round; the upload without its header.
+        clock_seconds: Of one client and round on the tier's device, without memory traffic; None without a device.
     """
 
     tier: str
@@ -55,6 +57,7 @@ class TierPlan:
     memory: TrainingMemory
     download_bytes: int
     upload_bytes: int
+    clock_seconds: float | None
 
     def json(self) -> dict[str, Any]:
         """Return the figures as plain values."""
@@ -89,6 +92,8 @@ def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, 
     works = [work for step in steps for work in step]
     full = Work.of_batch(largest.sequences, largest.length, top_k, largest.sequences * largest.head_positions)
     one, times = _with_adapter(full, active), largest.micro_batches
+    flops = training_flops(shape, sum(works[1:], works[0]), adapter) // len(clients)
+    bytes_down, bytes_up = len(download.to_bytes()), sum(_largest_tensor(spec).nbytes for spec in wanted.values())
     return TierPlan(
         tier=budget.tier,
         top_k=top_k,
@@ -97,10 +102,13 @@ def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, 
         forward_flops=times * forward_flops(shape, one, adapter),
         backward_flops=times * backward_flops(shape, one, adapter),
         recomputed_flops=times * recomputed_flops(shape, one, adapter) if largest.checkpointing else 0,
-        round_flops=training_flops(shape, sum(works[1:], works[0]), adapter) // len(clients),
+        round_flops=flops,
         memory=memory,
-        download_bytes=len(download.to_bytes()),
-        upload_bytes=sum(_largest_tensor(spec).nbytes for spec in wanted.values()),
+        download_bytes=bytes_down,
+        upload_bytes=bytes_up,
+        clock_seconds=None
+        if budget.device is None
+        else clock.client_seconds(budget.device, Effort(flops=flops), bytes_down, bytes_up),
     )
 
 
@@ -150,13 +158,15 @@ def _largest_tensor(spec: TensorSpec) -> torch.Tensor:
 
 def tables(plans: Sequence[TierPlan]) -> list[RenderableType]:
     """Return what there is to see: the largest step, memory during it, a round, and what the words mean."""
-    return [_step_table(plans), _memory_table(plans), _round_table(plans), Text(_LEGEND)]
+    timed = [Text(_ON_CLOCK)] if plans[0].clock_seconds is not None else []
+    return [_step_table(plans), _memory_table(plans), _round_table(plans), Text(_LEGEND), *timed]
 
 
 _LEGEND = """\
 Step: the largest of round 1. Again: what gradient checkpointing computes twice. FLOP of a round: mean of the clients.
 Peak: the most there is at one moment, logits and temporary tensors too; activations go as gradients come. The process
 needs some hundred megabytes more, for Python, the libraries and the kernels they keep."""
+_ON_CLOCK = "On its device: network and computation on the clients' clock; memory traffic comes on top."
 
 
 def _step_table(plans: Sequence[TierPlan]) -> Table:
@@ -182,10 +192,12 @@ def _memory_table(plans: Sequence[TierPlan]) -> Table:
 
 
 def _round_table(plans: Sequence[TierPlan]) -> Table:
-    table = _table("A client's round", "Clients", "FLOP", "Down", "Up")
+    seconds = [plan.clock_seconds for plan in plans if plan.clock_seconds is not None]
+    table = _table("A client's round", "Clients", "FLOP", "Down", "Up", *(["On its device"] if seconds else []))
     for plan in plans:
         traffic = map(numbers.byte_size, (plan.download_bytes, plan.upload_bytes))
-        table.add_row(plan.tier, str(plan.clients), numbers.flops(plan.round_flops), *traffic)
+        timed = [] if plan.clock_seconds is None else [numbers.clock(plan.clock_seconds)]
+        table.add_row(plan.tier, str(plan.clients), numbers.flops(plan.round_flops), *traffic, *timed)
     return table
 
 

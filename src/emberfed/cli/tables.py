@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -20,6 +21,7 @@ from emberfed.report import numbers
 if TYPE_CHECKING:
     from emberfed.cli.doctor import Check
     from emberfed.cli.summary import Summary
+    from emberfed.devices import Device
     from emberfed.models.footprint import ModuleMemory
 
 _COLOURS = {"ok": "green", "warning": "yellow", "broken": "bold red"}
@@ -226,6 +228,12 @@ def memory(rows: Sequence[ModuleMemory]) -> tuple[Table, ...]:
             numbers.byte_size(row.sixteen_bit_bytes),
         )
     return (table,)
+
+
+def device(found: Device) -> Group:
+    """How fast a machine is, as a tier's `device` in a configuration."""
+    shown = yaml.safe_dump({"device": found.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
+    return Group(Text("This machine as the device of a tier (clients.tiers)", style="bold"), Text(shown))
 
 
 def pairs(entries: Mapping[str, str]) -> Table:

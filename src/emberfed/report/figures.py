@@ -68,6 +68,45 @@ def quality(run: RunFolder, identifier: str) -> Html:
     return figure(identifier, caption, line_legend(by_tier), panels)
 
 
+def over_clock(run: RunFolder, identifier: str) -> Html:
+    """The headline metric by tier against seconds on the clients' clock, with the targets."""
+    curves = {tier.series: clock_curve(evaluations_at(run, tier), run.headline) for tier in evaluated_tiers(run)}
+    caption = f"{run.headline.heading} of the global model against seconds on the clients’ clock, by tier."
+    panel = clock_panel(run.headline, curves, run.targets)
+    return figure(identifier, caption, line_legend(curves), {"Quality over time": panel})
+
+
+Curve = Sequence[tuple[float, float]]
+"""Seconds on the clients' clock and the headline metric then."""
+
+
+def clock_curve(lines: Iterable[Evaluation], metric: Metric) -> Curve:
+    """Return the points of evaluations that have both."""
+    points = ((line.clock_seconds, line.of(metric)) for line in lines)
+    return tuple((seconds, value) for seconds, value in points if math.isfinite(seconds) and math.isfinite(value))
+
+
+def clock_panel(metric: Metric, curves: Mapping[Series, Curve], targets: Sequence[float]) -> Panel:
+    """A line for each series, and a dashed one across for each target."""
+
+    def draw(axes: Axes) -> None:
+        for target in targets:
+            axes.axhline(target, color=RULE, linewidth=1.2, linestyle=(0, (4, 3)))
+        for series, points in curves.items():
+            x, y = [seconds for seconds, _ in points], [value for _, value in points]
+            axes.plot(x, y, color=series.colour, marker=series.marker, markeredgewidth=0, linewidth=1.4)
+        axes.set_xlabel("seconds on the clients’ clock")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlim(left=0)
+        axes.set_ylabel(metric.heading)
+
+    told = "; ".join(
+        f"{one.name}: {', '.join(f'{numbers.score(value)} at {numbers.clock(seconds)}' for seconds, value in points)}"
+        for one, points in curves.items()
+    )
+    return Panel(f"{metric.heading} against seconds on the clients' clock. {told}.", draw, height=3.1)
+
+
 def _scores(metric: Metric) -> Callable[[Evaluation], float]:
     return lambda line: line.of(metric)
 

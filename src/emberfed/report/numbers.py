@@ -63,6 +63,11 @@ def seconds(value: float) -> str:
     return f"{minutes // 60:,}{SPACE}h{SPACE}{minutes % 60:02d}{SPACE}min"
 
 
+def clock(value: float) -> str:
+    """Return a duration on the clients' clock, which may be very short: `0.00123 s`, `12.3 s`, `2 min 30 s`."""
+    return f"{value:.3g}{SPACE}s" if value < 9.995 else "never" if value == math.inf else seconds(value)
+
+
 def short(text: str) -> str:
     """Return a figure without decimals that say nothing, as ticks need it: `12.0 MB` as `12 MB`."""
     return re.sub(r"(\.\d*?)0+(?=\s)", lambda match: match[1].rstrip("."), text)

@@ -68,6 +68,7 @@ def _several(runs: Sequence[RunFolder], labels: Sequence[str]) -> Html:
 def _run(run: RunFolder, identifier: str, heading: str) -> Html:
     parts = {
         "Quality": _quality(run, identifier),
+        **({"Time on the clients’ clock": _clock(run, identifier)} if run.has_clock else {}),
         **({"Clients’ own models": _personal(run, identifier)} if run.personal or run.personal_summaries else {}),
         "Local training": _training(run, identifier),
         **_experts(run, identifier),
@@ -208,6 +209,15 @@ def _quality(run: RunFolder, identifier: str) -> Html:
     else:
         parts.append(_missing(f"The evaluations are not broken down by {run.headline.by}."))
     return join(parts)
+
+
+def _clock(run: RunFolder, identifier: str) -> Html:
+    about = (
+        "Counted work and bytes, in seconds of the tiers’ devices: download, computation, memory, "
+        "disk and upload. A round lasts as long as its slowest client; evaluation takes no time."
+    )
+    listed = [tables.time_to_accuracy(run)] if run.targets else []
+    return join([tag("p", about), figures.over_clock(run, f"{identifier}-clock"), *listed])
 
 
 def _personal(run: RunFolder, identifier: str) -> Html:

@@ -52,7 +52,8 @@ class CategoryScore(_Scored):
 class Evaluation(_Scored):
     """The global model after `round` rounds, evaluated with `top_k` active experts.
 
-    `adapter_top_k`: how many experts of its sparse adapter were active; None without one.
+    `adapter_top_k`: how many experts of its sparse adapter were active; None without one. `clock_seconds`: since the
+    beginning, on the clients' clock.
     """
 
     round: int
@@ -61,6 +62,7 @@ class Evaluation(_Scored):
     tier: str | None = None
     categories: dict[str, CategoryScore] = {}
     seconds: Number = math.nan
+    clock_seconds: Number = math.nan
 
 
 @final
@@ -217,6 +219,7 @@ class RunFolder:
 
     Attributes:
         planned_rounds: `training.rounds` of the resolved config, or None if it does not say.
+        targets: `clock.targets` of it, ascending.
         notices: What was missing or damaged, one line each.
     """
 
@@ -224,6 +227,7 @@ class RunFolder:
     info: RunInfo
     config: str
     planned_rounds: int | None
+    targets: tuple[float, ...]
     evaluations: tuple[Evaluation, ...]
     personal: tuple[Personal, ...]
     personal_summaries: tuple[PersonalSummary, ...]
@@ -237,6 +241,11 @@ class RunFolder:
     def headline(self) -> Metric:
         """The figure that the run is judged by."""
         return metrics.headline(self.info.metric)
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether it ran on the clients' clock."""
+        return any(math.isfinite(line.clock_seconds) for line in self.evaluations)
 
 
 R = TypeVar("R", bound=_Record)
@@ -264,12 +273,13 @@ def read_run(path: Path) -> RunFolder:
     info = reader.document(RunInfo, "run.json")
     partition = reader.document(Partition, "partition.json")
     events = reader.records(Event, reader.lines("events.jsonl"))
-    planned_rounds = _planned_rounds(config, reader)
+    planned_rounds, targets = _planned(config, reader)
     return RunFolder(
         path,
         info,
         config,
         planned_rounds,
+        targets,
         # A round that was run again after a resume is written again: the later line holds.
         tuple({(line.round, line.tier, line.top_k): line for line in evaluations}.values()),
         tuple({(line.round, line.client): line for line in personal}.values()),
@@ -362,11 +372,15 @@ def _problem(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _planned_rounds(config: str, reader: _Reader) -> int | None:
+def _planned(config: str, reader: _Reader) -> tuple[int | None, tuple[float, ...]]:
+    """Return `training.rounds`, or None if the configuration does not say, and `clock.targets`."""
     try:
-        training = (parse_yaml(config, "config.yaml") or {}).get("training")
-        rounds = training.get("rounds") if isinstance(training, dict) else None
+        sections = parse_yaml(config, "config.yaml") or {}
+        training, clock = sections.get("training"), sections.get("clock")
     except (ConfigError, AttributeError):
         reader.notices.append("config.yaml is not a YAML mapping; it is shown as it is.")
-        return None
-    return rounds if isinstance(rounds, int) else None
+        return None, ()
+    rounds = training.get("rounds") if isinstance(training, dict) else None
+    targets = clock.get("targets") if isinstance(clock, dict) else None
+    known = [value for value in targets if type(value) in (int, float)] if isinstance(targets, list) else []
+    return rounds if isinstance(rounds, int) else None, tuple(sorted(known))

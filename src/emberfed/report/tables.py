@@ -50,6 +50,21 @@ def quality(run: RunFolder) -> Html:
     return table(f"Quality of the global model by tier and round{note}", headers, rows, words=2)
 
 
+def time_to_accuracy(run: RunFolder) -> Html:
+    """When each tier first reached each target, on the clients' clock."""
+    tiers = evaluated_tiers(run)
+    rows = [[numbers.score(target), *(_reached(run, tier, target) for tier in tiers)] for target in run.targets]
+    caption = f"Seconds on the clients’ clock until {run.headline.title} first reached a target"
+    return table(caption, ["Target", *(tier.label for tier in tiers)], rows)
+
+
+def _reached(run: RunFolder, tier: TierView, target: float) -> str:
+    for line in evaluations_at(run, tier):
+        if line.of(run.headline) >= target:
+            return f"{numbers.clock(line.clock_seconds)} (round {line.round})"
+    return "not reached"
+
+
 def _over_rounds(lines: Sequence[Evaluation], rounds: Sequence[int], metric: Metric) -> Iterator[str]:
     values = {line.round: line.of(metric) for line in lines}
     yield from (numbers.score(values.get(number, math.nan)) for number in rounds)
