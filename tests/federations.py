@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 from builders import CLASSES, save_tiny_family
 
+from emberfed.federated_experts import ExpertTuningConfig
 from emberfed.method import load_method, method_names
 from emberfed.methods.dense_adapter import DenseAdapterConfig
 from emberfed.methods.linear_probe import HeadConfig
@@ -28,8 +29,11 @@ ADAPTERS: Mapping[type[Section], dict[str, Any]] = {
     SparseAdapterConfig: {"num_experts": 4, "expert_size": 3},
     DenseAdapterConfig: {"size": 4},
     HeadConfig: {},
+    ExpertTuningConfig: {"rank": 2, "alpha": 4},
 }
 """A tiny adapter of every kind that methods train."""
+
+_ALL_OF_A_LAYER = {"tuned_experts": 4, "held_experts": 8}
 
 _DATA: Mapping[str, dict[str, Any]] = {
     "generation": {"max_length": 64, "template": "short"},
@@ -98,9 +102,13 @@ def config(model: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
     ]
     if chosen.experts == "adapter":
         tiers = [{**tier, "adapter_top_k": tier["top_k"]} for tier in tiers]
+    if chosen.AdapterConfig is ExpertTuningConfig:
+        room = ({"tuned_experts": 2, "held_experts": 6}, {"tuned_experts": 3, "held_experts": 7}, _ALL_OF_A_LAYER)
+        tiers = [{**tier, **more} for tier, more in zip(tiers, room, strict=True)]
+    storage = {"expert_storage": "disk"} if method["name"] == "fmd" else {}
     values: dict[str, Any] = {
         "seed": 3,
-        "model": {"path": str(model)},
+        "model": {"path": str(model), **storage},
         "method": {"name": "a3smoe"},
         "adapter": ADAPTERS[chosen.AdapterConfig],
         "data": {

@@ -22,21 +22,23 @@ from transformers import (
 )
 
 import emberfed
-from emberfed import assembly, federated
-from emberfed.admission import Asked, payload_problem
+from emberfed import assembly, federated, federated_experts
+from emberfed.admission import Asked, payload_problem, survey_problem
+from emberfed.averaged_lora import AveragedLora
 from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig, parse
 from emberfed.engine import engine_names
 from emberfed.errors import ConfigError
+from emberfed.federated_experts import ExpertTuningConfig
 from emberfed.method import Method, load_method, method_names
 from emberfed.methods.dense_adapter import DenseAdapterConfig
 from emberfed.methods.linear_probe import HeadConfig
-from emberfed.models import lora, sparse_adapter
+from emberfed.models import lora, sparse_adapter, tuning_layout
 from emberfed.models.families import families, load_family
 from emberfed.models.head import is_head
 from emberfed.models.lora import LoraConfig
 from emberfed.models.sparse_adapter import SparseAdapterConfig
-from emberfed.records import ACTIVATION_COUNTS, Bundle, FitResult, Payload
+from emberfed.records import ACTIVATION_COUNTS, Bundle, FitResult, Payload, Reply
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer
@@ -53,6 +55,12 @@ OTHER_OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"gate_aggregation": "fedavg", "balance": "none"},
         {"weighting": "activation", "balance": "switch", "router_z_coef": 0.01},
     ],
+    "fmq": [{"bits": 8, "active_experts": "budget"}],
+    "flux": [
+        {"profile": "fresh", "profile_bits": None, "layer_budget": "uniform", "merge_weights": "frequency"},
+        {"epsilon_first": 1.0, "epsilon_last": 1.0, "coverage": 1, "gate": "renormalised"},
+    ],
+    "fmes": [{"dropped": "skip", "profile_bits": 8}],
     "flame": [{"rescale": "none"}, {"rescaler_start": "static", "frequency": "per_activation"}],
     "flexlora": [{"active_experts": "budget", "weighting": "activation"}, {"rank": 6}],
     "flora": [{"active_experts": "budget", "weighting": "activation", "temperature": 1.0}],
@@ -64,6 +72,7 @@ OTHER_OPTIONS: dict[str, list[dict[str, Any]]] = {
 FEW_FAMILIES: Mapping[type[Section], tuple[str, ...]] = {
     LoraConfig: ("deepseek_v3", "olmoe"),
     SparseAdapterConfig: ("olmoe", "vit"),
+    ExpertTuningConfig: ("mixtral", "olmoe"),
 }
 """Families on which other options than the defaults are tried, by what is trained."""
 
@@ -113,6 +122,14 @@ def beside_attached(setting: Setting, upload: Bundle, tensors: Mapping[str, torc
     return sparse_adapter.attached(setting.material.model, tensors, upload.meta.get("adapter_top_k", 1))
 
 
+def tuned_attached(setting: Setting, upload: Bundle, tensors: Mapping[str, torch.Tensor]) -> Context:
+    """The experts of one client among those of the state."""
+    layers = setting.state.meta["sparse_layers"]
+    stacks, held = federated_experts.stacks_of(setting.state), federated_experts.held_rows(setting.state.meta)
+    whole = tuning_layout.put_rows(stacks, held, tensors, federated_experts.rows(upload.meta["exploited"], layers))
+    return lora.attached(setting.material.model, whole, setting.method.adapter.alpha)
+
+
 def opened_by_peft(plain: Any, folder: Path) -> Context:
     return nullcontext(PeftModel.from_pretrained(plain, folder))
 
@@ -129,6 +146,7 @@ KINDS: Mapping[type[Section], Kind] = {
     SparseAdapterConfig: BESIDE,
     DenseAdapterConfig: BESIDE,
     HeadConfig: BESIDE,
+    ExpertTuningConfig: Kind(".lora_B", tuned_attached, opened_by_peft),
 }
 
 EXPERTS = {"model": "experts", "adapter": "adapter.experts"}
@@ -137,8 +155,10 @@ EXPERTS = {"model": "experts", "adapter": "adapter.experts"}
 
 def refusal(family: str, method: str) -> str | None:
     """Return why a method refuses a family, if it does."""
-    if method in ("a3smoe", "flame") and load_family(family).mixture is None:
+    if method in ("a3smoe", "flame", "flux", "fmes", "fmq") and load_family(family).mixture is None:
         return rf"needs a model with experts, but {family} models are dense"
+    if method == "fmd" and load_family(family).mixture is None:
+        return rf"{family} models are dense"
     if method == "linear_probe" and load_family(family).head is None:
         return rf"trains a classifier's head, and {family} models have none"
     return None
@@ -229,7 +249,21 @@ def setting(request: pytest.FixtureRequest, folders: Made, data_of: Made) -> Set
     material = assembly.gather(checked)
     method = checked.method_type(checked.method, checked.adapter, Trainer(checked.training))
     state = method.init(material.model, material.budgets, Seeds(0).at(purpose="init"))
+    state = assigned(method, material, state)
     return Setting(method, KINDS[method.AdapterConfig], material, state, folders(family))
+
+
+def assigned(method: Method, material: assembly.Material, state: Bundle) -> Bundle:
+    """The state at the beginning of a first round, once those clients are surveyed that the method wants to hear of."""
+    surveys = []
+    for client in method.unsurveyed(state, material.clients):
+        seeds = Seeds(0).at(round=1, client=client.id)
+        survey = method.survey(material.model, client, material.shards[client.id], Bundle(), seeds).upload
+        specs = method.survey_expects(state)
+        surveys.append(Payload(1, client.id, survey))
+        reply = Reply(1, client.id, surveys[-1].to_bytes(), {})
+        assert survey_problem(reply, 1, specs) is None
+    return method.assign(state, material.clients, surveys, 1)
 
 
 def checked_config(family: str, folders: Made, data_of: Made, method: dict[str, Any]) -> RunConfig:
@@ -336,7 +370,7 @@ def test_an_honest_upload_is_admitted_and_moves_something(setting: Setting) -> N
         download, upload = setting.download(number), setting.upload(number)
         meta = download.content.meta
         expected = setting.method.expects(setting.state, download)
-        asked = Asked(1, client.id, expected, meta["top_k"], meta.get("adapter_top_k"))
+        asked = Asked(1, client.id, expected, meta["top_k"], meta.get("adapter_top_k"), meta.get("exploited"))
         assert payload_problem(upload, asked) is None
         tensors = upload.content.tensors
         heads = [name for name in tensors if is_head(name)]
@@ -366,7 +400,12 @@ def test_aggregation_is_pure_and_one_client_gets_its_update_back(setting: Settin
     assert digest(setting.method.aggregate(setting.state, [upload])) == digest(after)
     trained = as_trained(setting, upload.content, budget)
     torch.testing.assert_close(setting.deployed(after, budget), trained, rtol=1e-4, atol=2e-5)
-    assert not torch.allclose(setting.deployed(setting.state, budget), trained, rtol=1e-4, atol=2e-5)
+    if isinstance(setting.method.adapter, ExpertTuningConfig):  # these few tokens may all go to other experts
+        assert digest(Bundle(federated.adapter_of(after.tensors))) != digest(
+            Bundle(federated.adapter_of(setting.state.tensors))
+        )
+    else:
+        assert not torch.allclose(setting.deployed(setting.state, budget), trained, rtol=1e-4, atol=2e-5)
     both = setting.method.aggregate(setting.state, [upload, Payload(1, "twin", upload.content)])
     torch.testing.assert_close(setting.deployed(both, budget), trained, rtol=1e-4, atol=2e-5)
 
@@ -395,6 +434,9 @@ def test_experts_nobody_used_keep_what_they_were(setting: Setting) -> None:
         tensors = {**upload.content.tensors, ACTIVATION_COUNTS: counts}
         silenced.append(Payload(1, upload.client, Bundle(tensors, upload.content.meta)))
     after = setting.method.aggregate(setting.state, silenced)
+    if "exploited" in uploads[0].content.meta:
+        only_tuned_experts_moved(setting, after, uploads)
+        return
     names = experts_of(setting, setting.state.meta["sparse_layers"][0])
     assert names
     for name in names:
@@ -403,6 +445,19 @@ def test_experts_nobody_used_keep_what_they_were(setting: Setting) -> None:
             assert torch.equal(now, before), name
         else:
             assert torch.equal(product(after.tensors, name, -1), product(setting.state.tensors, name, -1)), name
+
+
+def only_tuned_experts_moved(setting: Setting, after: Bundle, uploads: list[Payload]) -> None:
+    """Of methods that tune some experts, nobody uses those that nobody was told to tune."""
+    tuned = [upload.content.meta["exploited"] for upload in uploads]
+    kept = 0
+    for row, layer in enumerate(setting.state.meta["sparse_layers"]):
+        for name in experts_of(setting, layer):
+            for expert, (before, now) in enumerate(zip(setting.state.tensors[name], after.tensors[name], strict=True)):
+                if not any(expert in theirs[row] for theirs in tuned):
+                    assert torch.equal(before, now), (name, expert)
+                    kept += 1
+    assert kept
 
 
 def test_experts_without_tokens_keep_their_bits_in_training(setting: Setting) -> None:
@@ -414,14 +469,17 @@ def test_experts_without_tokens_keep_their_bits_in_training(setting: Setting) ->
     for row, layer in enumerate(setting.state.meta["sparse_layers"]):
         names = [name for name in experts_of(setting, layer) if name.endswith(setting.kind.zeros)]
         assert names
-        for name in names:
-            any_E = tensors[name].flatten(1).any(dim=1)
-            assert not any_E[~used_LE[row]].any(), f"{name} is zero at first"
-            moved.append(bool(any_E.any()))
+        tuned = setting.answer(0).upload.meta.get("exploited")
+        ids = list(range(used_LE.shape[1])) if tuned is None else tuned[row]
+        for name in names if ids else ():
+            any_n = tensors[name].flatten(1).any(dim=1)
+            assert not any_n[~used_LE[row, ids]].any(), f"{name} is zero at first"
+            moved.append(bool(any_n.any()))
     assert any(moved)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning")
 def test_the_exported_adapter_gives_the_deployed_logits_elsewhere(setting: Setting, tmp_path: Path) -> None:
     """PEFT opens a LoRA, and `emberfed.load_adapter` what stands beside the FFN, on transformers' own model."""
     after, budget = setting.after(), setting.native_budget()
@@ -461,7 +519,11 @@ def test_a_clients_own_model(setting: Setting) -> None:
             sends_all = all(sent[name].shape == tensor.shape for name, tensor in whole.items())
     assert model_digest(setting) == before
     assert torch.equal(torch.get_rng_state(), stream)
-    if sends_all:
+    if isinstance(method.adapter, ExpertTuningConfig) or (
+        isinstance(method, AveragedLora) and method.held(base) != base
+    ):
+        assert not torch.equal(own["late"], setting.deployed(after, late.budget)), "it holds fewer experts, or bits"
+    elif sends_all:
         torch.testing.assert_close(own["late"], setting.deployed(after, late.budget), rtol=1e-5, atol=1e-5)
     else:
         assert setting.method.config.rank > 4, "the tier's rank is below the global one"

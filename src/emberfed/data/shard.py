@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
@@ -67,6 +68,12 @@ class Shard(ABC):
     @abstractmethod
     def digest(self) -> str:
         """Return a SHA-256 of what the examples hold: the same data, the same digest."""
+
+    def only(self, rows: Sequence[int]) -> Self:
+        """Return a shard of some of the examples, in the order given."""
+        chosen = copy.copy(self)
+        object.__setattr__(chosen, "examples", tuple(self.examples[row] for row in rows))
+        return chosen
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         """Yield all examples once, `size` at a time (the last may be smaller), in an order drawn from `generator`."""

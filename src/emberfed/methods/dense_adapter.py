@@ -95,7 +95,7 @@ class DenseAdapter(Method):
     def combine(
         cls,
         updates: Sequence[Update],
-        config: DenseAdapterMethodConfig,  # noqa: ARG003 - there is one way to average
+        config: DenseAdapterMethodConfig,
         previous: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Average by data size."""

@@ -83,7 +83,7 @@ class LinearProbe(Method):
     def combine(
         cls,
         updates: Sequence[Update],
-        config: LinearProbeConfig,  # noqa: ARG003 - there is one way to average
+        config: LinearProbeConfig,
         previous: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Average by data size."""
