@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from benchmarks import aggregation, clients_memory, routed_lora, sparse_adapter
+from benchmarks import aggregation, clients_memory, clock, expert_merging, profiling, routed_lora, sparse_adapter
 
 if __name__ == "__main__":
     routed_lora.main()
     sparse_adapter.main()
     clients_memory.main()
     aggregation.main()
+    clock.main()
+    profiling.main()
+    expert_merging.main()

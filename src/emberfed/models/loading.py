@@ -55,9 +55,9 @@ def load_model(config: ModelConfig, classes: Sequence[str] | None = None, task: 
     seed that is always the same: one checkpoint and one number of classes give one base model.
 
     With `expert_bits` the experts are quantised as they are read, with `expert_storage: disk` written to files. Beside
-    what is in memory already, loading needs about three times the largest fused weight of one layer in `dtype` (its
-    pieces, their halves, and the whole), and the checkpoint's files mapped, pages of which the system drops when memory
-    runs short.
+    what is in memory already, loading needs about four times the largest fused weight of one layer in `dtype` (its
+    pieces, their halves, the whole, and what was freed last), and the checkpoint's files mapped, pages of which the
+    system drops when memory runs short.
 
     Args:
         config: Which model, and how to hold it.
