@@ -17,9 +17,10 @@ from test_lora_methods import World
 from torch import Tensor
 
 import emberfed
-from emberfed import federated
+from emberfed import federated, federated_experts
 from emberfed.aggregation import Update, lora_factor
 from emberfed.errors import AggregationError, ConfigError
+from emberfed.federated_experts import ExpertTuningConfig
 from emberfed.method import method_names
 
 LAYER = "base_model.model.model.layers.0"
@@ -27,7 +28,7 @@ QUERY, UP, NORM = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.experts.up_proj", f
 EXPERTS = f"{LAYER}.mlp.experts"
 SIZE, OUT, COUNT, UNUSED = 6, 5, 3, 1
 EVERY_METHOD = pytest.mark.parametrize("method", method_names())
-AVERAGING = ("a3smoe", "dense_adapter", "fft_moe", "flame", "homolora", "linear_probe")
+AVERAGING = ("a3smoe", "dense_adapter", "fft_moe", "flame", "flux", "fmd", "fmes", "fmq", "homolora", "linear_probe")
 GENERATES = pytest.mark.parametrize("method", [name for name in method_names() if name != "linear_probe"])
 
 
@@ -104,11 +105,10 @@ def test_it_is_what_the_method_does_in_a_run(method: str, tiny_model_folder: Pat
     world = World(tiny_model_folder, tiny_data, method={"name": method})
     state = world.state
     uploads = world.play(1, *world.clients)
-    found = emberfed.aggregate(
-        federated.updates_of(uploads, state.meta),
-        method=method,
-        previous=federated.adapter_of(state.tensors),
-    )
+    updates, previous = federated.updates_of(uploads, state.meta), federated.adapter_of(state.tensors)
+    if isinstance(world.method.adapter, ExpertTuningConfig):
+        updates, previous = federated_experts.updates_of(state, uploads)
+    found = emberfed.aggregate(updates, method=method, previous=previous)
     expected = federated.adapter_of(world.state.tensors)
     if method != "flora":
         assert same_bits(found, dict(sorted(expected.items())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from emberfed.clock import (
 )
 from emberfed.devices import Device
 from emberfed.errors import ConfigError, RoundFailed
+from emberfed.metrics import CLASSIFICATION, Aim, aimed_at
 from emberfed.sections import validate
 
 BOX = Device(
@@ -112,13 +114,13 @@ def test_who_is_late() -> None:
     assert lateness(timed, 2.75) == "missed the deadline: 2.75 s on its device, clock.deadline_seconds is 2.5"
 
 
-def evaluation(round: int, tier: str, accuracy: float, seconds: float) -> dict[str, Any]:
+def evaluation(round: int, tier: str, accuracy: float, seconds: float, loss: float | None = 1.0) -> dict[str, Any]:
     place = {"round": round, "event": "evaluation", "tier": tier}
-    return {**place, "accuracy": accuracy, "loss": 1.0, "clock_seconds": seconds}
+    return {**place, "accuracy": accuracy, "loss": loss, "clock_seconds": seconds}
 
 
 def test_a_target_is_told_once_when_it_is_first_reached() -> None:
-    targets = (0.5, 0.25)
+    targets = ClockConfig(targets=[0.5, 0.25])
     first = newly_reached(targets, [evaluation(1, "a", 0.3, 4.0), evaluation(1, "b", 0.1, 4.0)], [])
     line = {"round": 1, "event": "time_to_accuracy", "tier": "a", "metric": "accuracy"}
     assert first == [{**line, "target": 0.25, "clock_seconds": 4.0}]
@@ -126,6 +128,30 @@ def test_a_target_is_told_once_when_it_is_first_reached() -> None:
     second = newly_reached(targets, later, [evaluation(1, "a", 0.3, 4.0), *first])
     assert [(row["tier"], row["target"]) for row in second] == [("a", 0.5), ("b", 0.25), ("b", 0.5)]
     assert newly_reached(targets, [evaluation(3, "a", 0.9, 12.0)], [*first, *second]) == []
+
+
+def test_a_loss_is_reached_from_above() -> None:
+    """Targets 2 and 1.5: 1.75 reaches the first alone, 1.5 exactly both. A loss that overflowed (null) reaches none."""
+    aimed = ClockConfig(metric="loss", targets=[1.5, 2.0])
+    first = newly_reached(aimed, [evaluation(1, "a", 0.9, 4.0, 1.75), evaluation(1, "b", 0.9, 4.0, None)], [])
+    line = {"round": 1, "event": "time_to_accuracy", "tier": "a", "metric": "loss"}
+    assert first == [{**line, "target": 2.0, "clock_seconds": 4.0}]
+    later = [evaluation(2, "a", 0.0, 9.0, 2.5), evaluation(2, "b", 0.0, 9.0, 1.5)]
+    second = newly_reached(aimed, later, first)
+    assert [(row["tier"], row["target"]) for row in second] == [("b", 2.0), ("b", 1.5)], "the easiest first"
+
+
+@given(st.sampled_from(["headline", "loss"]), st.floats(0.01, 9), st.lists(st.floats(0.01, 9), min_size=1))
+def test_who_reaches_a_target_has_reached_all_easier_ones(aim: Aim, value: float, targets: list[float]) -> None:
+    metric = aimed_at(CLASSIFICATION, aim)
+    found = [metric.reached(value, target) for target in metric.easiest_first(targets)]
+    assert found == sorted(found, reverse=True)
+    assert metric.reached(value, value)
+    assert not metric.reached(math.nan, value)
+
+
+def test_a_loss_may_be_aimed_at_above_1() -> None:
+    assert validate(ClockConfig, {"metric": "loss", "targets": [2.5, 0.5]}, "clock").targets == [2.5, 0.5]
 
 
 def test_elapsed_is_of_the_newest_line() -> None:
@@ -140,6 +166,11 @@ def test_elapsed_is_of_the_newest_line() -> None:
         ({"deadline_seconds": 0}, "clock.deadline_seconds.*greater than 0"),
         ({"targets": [0.5, 0]}, "targets must lie above 0 and be 1 at most, found 0"),
         ({"targets": [1.5]}, "targets must lie above 0 and be 1 at most, found 1.5"),
+        ({"targets": [1.5]}, r"found 1.5 \(values of clock.metric: headline\)"),
+        ({"metric": "loss", "targets": [2, 0]}, r"lie above 0, found 0 \(values of clock.metric: loss\)"),
+        ({"metric": "loss", "targets": [-1]}, "lie above 0, found -1"),
+        ({"metric": "loss", "targets": [float("inf")]}, "clock.targets.0.*finite number, found inf"),
+        ({"metric": "accuracy"}, "clock.metric.*'headline' or 'loss'"),
         ({"targets": [0.5, 0.5]}, "targets must differ"),
         ({"deadline": 3}, "unknown key 'clock.deadline'; did you mean 'deadline_seconds'"),
         ({"server": {"memory_bytes_per_second": -1}}, "clock.server.memory_bytes_per_second.*greater than 0"),
@@ -228,8 +259,9 @@ def test_a_late_client_is_refused_by_name_and_the_round_lasts_the_deadline(refer
         emberfed.run(reference / "config.yaml", overrides=["clock.deadline_seconds=1e-9"], output=tmp_path / "nobody")
 
 
-def test_a_run_says_when_it_reached_a_target(tmp_path: Path) -> None:
-    """Every accuracy that a run had is a target of a second one, and 1, which it never reaches."""
+@pytest.mark.parametrize(("metric", "key", "never"), [("headline", "accuracy", 1.0), ("loss", "loss", 1e-9)])
+def test_a_run_says_when_it_reached_a_target(metric: str, key: str, never: float, tmp_path: Path) -> None:
+    """Every value that a run had is a target of a second one, and one that it never reaches."""
     tiers = [{"name": "all", "share": 1.0, "top_k": 1, "adapter_top_k": 2, "device": BOX.model_dump()}]
     values = Vision.made(tmp_path).config(
         method={"name": "fft_moe"},
@@ -240,20 +272,20 @@ def test_a_run_says_when_it_reached_a_target(tmp_path: Path) -> None:
     plain = [
         line for line in lines(emberfed.run(values, output=tmp_path / "plain").path) if line["event"] == "evaluation"
     ]
-    targets = sorted({line["accuracy"] for line in plain if 0 < line["accuracy"] < 1})
-    assert len(targets) > 1, "accuracy moves"
-    values["clock"] = {"targets": [*targets, 1.0]}
+    targets = sorted({line[key] for line in plain if line[key] > 0} - {never})
+    assert len(targets) > 1, "it moves"
+    values["clock"] = {"metric": metric, "targets": [*targets, never]}
     emberfed.run(values, overrides=["training.rounds=1"], output=tmp_path / "run")
     run = emberfed.resume(tmp_path / "run", rounds=3).path
     expected: dict[float, tuple[int, float]] = {}
-    for target in [*targets, 1.0]:
+    for target in [*targets, never]:
         for line in plain:
-            if line["accuracy"] >= target:
+            if line[key] == target or (line[key] > target) == (metric == "headline"):
                 expected.setdefault(target, (line["round"], line["clock_seconds"]))
     reached = [line for line in lines(run) if line["event"] == "time_to_accuracy"]
     assert {line["target"]: (line["round"], line["clock_seconds"]) for line in reached} == expected
     assert len(reached) == len(expected)
-    assert {(line["tier"], line["metric"]) for line in reached} == {("all", "accuracy")}
+    assert {(line["tier"], line["metric"]) for line in reached} == {("all", key)}
 
 
 def test_a_target_needs_devices(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> None:

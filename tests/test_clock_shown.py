@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,31 @@ def test_a_report_shows_quality_over_seconds_and_when_targets_were_reached(tmp_p
     assert "0.100 at 0 s, 0.200 at 10.0 s, 0.300 at 20.0 s, 0.400 at 30.0 s" in plain(drawing)
 
 
+def test_a_report_shows_a_loss_over_seconds_where_targets_are_losses(tmp_path: Path) -> None:
+    """Losses 3, 2.5, 2, 1.5 after 0, 10, 20, 30 s; the easiest target, the highest loss, stands first."""
+    run = on_clock(tmp_path / "run", "[1.0, 2.75, 2.0], metric: loss")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = [{**line, "loss": 3 - line["round"] / 2} if line["event"] == "evaluation" else line for line in lines]
+    write_lines(run / "metrics.jsonl", told)
+    shown = report([run], tmp_path / "page")
+    (name,) = (name for name in shown.tables if name.startswith("Seconds on the clients’ clock"))
+    assert name == "Seconds on the clients’ clock until loss first reached a target"
+    found = {row[0]: plain(row[1]) for row in shown.tables[name][1:]}
+    assert list(found.items()) == [
+        ("2.750", "10.0 s (round 1)"),
+        ("2.000", "20.0 s (round 2)"),
+        ("1.000", "not reached"),
+    ]
+    (drawing,) = (text for text in shown.drawings if "against seconds" in text)
+    assert "3.000 at 0 s, 2.500 at 10.0 s, 2.000 at 20.0 s, 1.500 at 30.0 s" in plain(drawing)
+
+
+def test_a_metric_that_is_unknown_is_noticed_and_its_targets_left_out(tmp_path: Path) -> None:
+    shown = report([on_clock(tmp_path / "run", "[0.15], metric: lost")], tmp_path / "page")
+    assert "clock.metric is 'lost', which is unknown; its targets are left out." in shown.text
+    assert not any(name.startswith("Seconds on the clients’ clock") for name in shown.tables)
+
+
 def test_a_run_without_a_clock_has_no_such_section(tmp_path: Path) -> None:
     shown = report([write_run(tmp_path / "run", clients=4, rounds=1, layers=1, experts=8)], tmp_path / "page")
     assert "clients’ clock" not in shown.text
@@ -73,12 +99,12 @@ CURVES: Mapping[str, Sequence[Sequence[tuple[float, float]]]] = {
 }
 
 
-def comparison(**keys: Any) -> Comparison:
-    """Two methods, two seeds: the curves above."""
+def comparison(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]] = CURVES, **keys: Any) -> Comparison:
+    """Two methods, two seeds: the curves above, or others."""
     methods = {"slow": {"method": {"name": "a3smoe"}}, "fast": {"method": {"name": "homolora"}}}
     grid = grids.load({"methods": methods, "set": DEVICES, "seeds": 2, **keys})
     cells = (
-        CellResult(cell, "done", None, 2, 1.0, 1.0, 1.0, 1.0, 1.0, (tier(CURVES[cell.method][cell.seed]),), GENERATION)
+        CellResult(cell, "done", None, 2, 1.0, 1.0, 1.0, 1.0, 1.0, (tier(curves[cell.method][cell.seed]),), GENERATION)
         for cell in grid.cells
     )
     return Comparison(grid, tuple(cells))
@@ -115,6 +141,57 @@ def test_speed_ups_are_against_the_named_reference() -> None:
     shown = page(found).replace(numbers.SPACE, " ")
     assert "50.0 s (0.40×)" in shown
     assert "times sooner that is than fast" in shown
+
+
+LOSSES = {"clock.metric": "loss", "clock.targets": [2.0, 2.5], "clients.tiers": DEVICES["clients.tiers"]}
+
+
+def test_times_and_speed_ups_to_a_loss_by_hand() -> None:
+    """Where ROUGE-L was q, let the loss be 3 - 2.5 q, so that 2.5 and 2 are where 0.2 and 0.4 were: the same times."""
+    losses = {name: [[(at, 3 - 2.5 * q) for at, q in curve] for curve in curves] for name, curves in CURVES.items()}
+    found = comparison(losses, set=LOSSES)
+    (place,) = found.places()
+    assert found.targets == (2.5, 2.0)
+    assert found.times_to(place, "slow", 2.5) == (40.0, 60.0)
+    assert found.speed_up(place, "fast", 2.5) == 2.5
+    text = markdown(found).replace(numbers.SPACE, " ")
+    assert "until loss first reached the target" in text
+    assert text.split("## Time to loss\n\n")[1].split("\n\n")[1].splitlines()[2:] == [
+        "| all (K = 1) · 2.500 | 50.0 s | 20.0 s (2.50×) |",
+        "| all (K = 1) · 2.000 | 1 min 40 s | 1 of 2 reached it |",
+    ]
+    document = found.json()
+    assert document["clock_metric"] == "loss"
+    assert [(one["metric"], one["target"]) for one in document["time_to_accuracy"][:2]] == [
+        ("loss", 2.5),
+        ("loss", 2.0),
+    ]
+    shown = page(found)
+    assert "Response loss against seconds" in shown
+    assert "Loss, nats per token" in shown
+
+
+def test_runs_of_an_arena_aim_at_one_metric() -> None:
+    methods = {"slow": {}, "fast": {"clock.metric": "loss"}}
+    with pytest.raises(ConfigError, match="has clock.metric headline and .*fast.* has loss, whose targets cannot be"):
+        grids.load({"base": "quickstart", "methods": methods, "seeds": 1})
+
+
+@pytest.mark.parametrize(("factor", "words"), [(2, "clients’ clock<"), (20, "clients’ clock, logarithmic<")])
+def test_time_is_logarithmic_where_one_method_would_crush_another(factor: float, words: str) -> None:
+    """Ends at 20 and 40 s share a linear axis; at 20 and 400 s they do not, and ticks are 1 and 3 times powers of 10.
+
+    The first evaluation after 0 is at 10 s, the last at 400 s: 10, 30, 100, 300, beside 0.
+    """
+    slow, fast = ([(0.0, 0.1), (10.0 * by, 0.3), (20.0 * by, 0.4)] for by in (factor, 1))
+    section = (
+        page(comparison({"slow": (slow, slow), "fast": (fast, fast)})).split('id="clock"')[1].split("</figure>")[0]
+    )
+    assert words in section
+    labels = re.findall(r"<text[^>]*>([^<]+)</text>", section)
+    assert {"0.200", "0.400"} <= set(labels), "targets are named"
+    if factor == 20:
+        assert labels[:5] == ["0", "10", "30", "100", "300"]
 
 
 def test_a_reference_is_one_of_the_methods() -> None:

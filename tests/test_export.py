@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import yaml
-from builders import FAMILY_VARIANTS, save_tiny_family, save_tiny_model, token_ids, whole_adapter
+from builders import FAMILY_VARIANTS, SPARSE_VARIANTS, save_tiny_family, save_tiny_model, token_ids, whole_adapter
 from commands import invoke, start
 from federations import config as federation
 from peft import PeftModel
@@ -20,11 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import emberfed
+from emberfed import assembly
+from emberfed import config as configuration
+from emberfed.checkpoint import RunFolder
+from emberfed.clients import Budget
 from emberfed.errors import ConfigError, Interrupted, ModelError, RunFolderError, StorageError
-from emberfed.models import lora, merging, peft_layout
+from emberfed.models import expert_tuning, lora, merging, peft_layout
 from emberfed.models.config import ModelConfig
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.loading import load
+from emberfed.models.tuning_layout import Rows
+from emberfed.training import Trainer
 
 ALPHA = 7.0
 Tensors = dict[str, torch.Tensor]
@@ -208,6 +214,98 @@ def test_a_run_goes_on_from_the_adapter_of_another(
     first = emberfed.export(emberfed.run(values, output=tmp_path / "run").path, output=tmp_path / "first", round=0)
     for name in (peft_layout.CONFIG_FILE, peft_layout.TENSORS_FILE):
         assert (first / name).read_bytes() == (start / name).read_bytes()
+
+
+# Runs that trained few experts.
+
+
+def deployed(run: Path, checked: Any) -> torch.Tensor:
+    """Logits of a run's newest round at the native K, as the method runs it."""
+    material = assembly.gather(checked)
+    method = checked.method_type(checked.method, checked.adapter, Trainer(checked.training))
+    latest = RunFolder.open(run).latest()
+    assert latest is not None
+    _, state, _ = latest
+    budget = Budget("native", material.model.native_top_k)
+    with method.deploy(state, material.model, budget) as model:
+        return logits(model.lm)
+
+
+@pytest.mark.parametrize(
+    ("method", "tune", "storage"),
+    [("flux", "full", "memory"), ("fmes", "full", "disk"), ("flux", "lora", "disk"), ("fmd", None, "disk")],
+)
+def test_a_run_of_few_experts_merged(
+    method: str, tune: str | None, storage: str, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    values = federation(tiny_model_folder, tiny_data, method={"name": method}, training={"rounds": 1})
+    values["adapter"] = {"tune": "full"} if tune == "full" else values["adapter"]
+    values["model"]["expert_storage"] = storage
+    run = emberfed.run(values, output=tmp_path / "run").path
+    expected = deployed(run, configuration.parse(values))
+    written = emberfed.export(run, output=tmp_path / "merged", format="merged")
+    torch.testing.assert_close(reopened(written), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - reopened(tiny_model_folder)).abs().max() > 1e-3
+    if tune == "full":
+        own = emberfed.export(run, output=tmp_path / "own")
+        assert [path.name for path in own.iterdir()] == ["experts.safetensors"]
+        assert (own / "experts.safetensors").read_bytes() == (run / "rounds/0001/experts.safetensors").read_bytes()
+        with pytest.raises(
+            ConfigError, match=r"trained experts in full \(adapter\.tune\), which PEFT has no format for"
+        ):
+            emberfed.export(run, output=tmp_path / "peft", format="peft")
+        before = emberfed.export(run, output=tmp_path / "before", format="merged", round=0)
+        assert torch.equal(reopened(before), reopened(tiny_model_folder))
+
+
+def full_experts(model: FoundationModel, rows: Rows) -> Tensors:
+    """Random weights of some experts, about as large as the model's."""
+    generator = torch.Generator().manual_seed(3)
+    fresh = expert_tuning.initial(model, rows, "full", 1, generator)
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in fresh.items()}
+
+
+@pytest.mark.parametrize("name", [name for names in SPARSE_VARIANTS.values() for name in names])
+def test_experts_trained_in_full_take_the_place_of_the_bases(name: str, tmp_path: Path) -> None:
+    """In every family's layout: the checkpoint computes what the model does with the experts replaced for a while."""
+    base = save_tiny_family(name, tmp_path / "base")
+    model, tokenizer = load(ModelConfig(path=str(base), device="cpu"))
+    layers = [block.layer for block in model.blocks]
+    rows = {layers[0]: (0, 2), layers[-1]: (1,)}
+    tensors, plain = full_experts(model, rows), logits(model.lm)
+    with expert_tuning.replaced(model, tensors, rows):
+        expected = logits(model.lm)
+    merging.replace_experts(model, tensors, rows)
+    assert torch.equal(logits(model.lm), expected)
+    assert (expected - plain).abs().max() > 1e-3
+    merging.write_checkpoint(model, tokenizer, tmp_path / "merged")
+    torch.testing.assert_close(reopened(tmp_path / "merged"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_replaced_experts_are_rounded_once(tiny_model_folder: Path) -> None:
+    rows = {0: (1, 6)}
+    exact, half = loaded(tiny_model_folder), loaded(tiny_model_folder, dtype="bfloat16")
+    tensors = full_experts(exact, rows)
+    merging.replace_experts(half, tensors, rows)
+    experts: Any = half.blocks[0].experts
+    for place, expert in enumerate(rows[0]):
+        gate, up, down = (tensors[f"layers.0.experts.{name}_proj.weight"][place] for name in ("gate", "up", "down"))
+        assert torch.equal(experts.gate_up_proj[expert], torch.cat([gate, up]).bfloat16())
+        assert torch.equal(experts.down_proj[expert], down.bfloat16())
+
+
+def test_experts_that_cannot_be_replaced(tiny_model_folder: Path) -> None:
+    model = loaded(tiny_model_folder)
+    tensors = full_experts(model, {0: (1,)})
+    quantised, on_disk = loaded(tiny_model_folder, expert_bits=8), loaded(tiny_model_folder, expert_storage="disk")
+    for base, why in ((quantised, "quantised base cannot be merged"), (on_disk, "on disk cannot be merged")):
+        with pytest.raises(ModelError, match=why):
+            merging.replace_experts(base, tensors, {0: (1,)})
+    with pytest.raises(ModelError, match="no expert of layer 0 is said to be tuned"):
+        merging.replace_experts(model, tensors, {})
+    factors = expert_tuning.initial(model, {0: (1,)}, "lora", 2, torch.Generator())
+    with pytest.raises(ModelError, match="is LoRA, which takes the place of no weights; merge it instead"):
+        merging.replace_experts(model, factors, {0: (1,)})
 
 
 def test_nothing_is_overwritten_or_left_behind(run_folder: Path, tmp_path: Path) -> None:

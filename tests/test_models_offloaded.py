@@ -117,6 +117,40 @@ def test_bytes_read_are_counted() -> None:
     assert weight.bytes_read == 60 + 120
 
 
+@given(st.lists(st.integers(0, 4), unique=True, max_size=5), st.sampled_from(DTYPES))
+def test_experts_that_are_held_are_read_once(held: list[int], dtype: torch.dtype) -> None:
+    """5 experts of 2 x 3 numbers: the bits are the same, and only those on disk count when they are asked for."""
+    stack = drawn(5, 2, 3, dtype=dtype)
+    weight, size = OffloadedWeight.write(stack), 6 * dtype.itemsize
+    with weight.holding(held):
+        assert (weight.bytes_read, weight.nbytes) == (len(held) * size, len(held) * size)
+        for index in range(-5, 5):
+            weight.expert(index, dtype).zero_()
+            assert torch.equal(weight.expert(index, dtype), stack[index])
+            assert torch.equal(weight.expert(index, torch.float64), stack[index].double())
+        assert weight.bytes_read == (len(held) + 6 * (5 - len(held))) * size
+        assert torch.equal(weight.dequantised(dtype), stack)
+    assert weight.nbytes == 0
+    before = weight.bytes_read
+    assert torch.equal(weight.dequantised(dtype), stack)
+    assert weight.bytes_read == before + 5 * size
+
+
+def test_what_is_held_ends_with_its_context() -> None:
+    """Also inside another one; an expert that is not there leaves all as it was."""
+    weight = OffloadedWeight.write(drawn(4, 3, 5))
+    with weight.holding([0, 1]):
+        with weight.holding([3]):
+            assert weight.nbytes == 60
+        assert weight.nbytes == 120
+        with pytest.raises(IndexError), weight.holding([2, 4]):
+            pass
+        read = weight.bytes_read
+        assert torch.equal(weight.expert(1, torch.float32), drawn(4, 3, 5)[1])
+        assert weight.bytes_read == read
+    assert weight.nbytes == 0
+
+
 @pytest.mark.parametrize("index", [4, -5])
 def test_an_expert_there_is_none_of(index: int) -> None:
     weight = OffloadedWeight.write(drawn(4, 3, 5))

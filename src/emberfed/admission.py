@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import final
@@ -86,7 +87,7 @@ def _meta_problem(meta: Mapping[str, Json], asked: Asked) -> str | None:
             return f"{key!r} must be a whole number from 1 to {_LARGEST_COUNT}, found {_short(value)}"
     for key in ("top_k", "adapter_top_k", "exploited"):
         given = getattr(asked, key)
-        if meta.get(key) != given:
+        if json.dumps(meta.get(key)) != json.dumps(given):  # to Python, 1, 1.0 and true are equal
             return f"{key!r} is {_short(meta.get(key))}, the client was given {_short(given)}"
     stats = meta.get("stats")
     if not isinstance(stats, dict):

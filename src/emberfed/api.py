@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
-from emberfed import assembly, clients, config, events, rounds, storage
+from emberfed import assembly, clients, config, events, federated_experts, rounds, storage
 from emberfed.checkpoint import RunFolder, check_free
 from emberfed.config import RunConfig
 from emberfed.errors import ConfigError, RunFolderError
@@ -174,10 +174,11 @@ def export(
         output: The folder to write, absent or empty, not among a run's rounds. It appears only when all of it is
             written.
         format: `adapter` is what was trained, in its own format: a LoRA as `peft`; an adapter beside the FFN (FFT-MoE,
-            dense adapter) or a head alone for `emberfed.load_adapter`. `peft` is a LoRA, for
-            `PeftModel.from_pretrained`; `merged` is the base with the LoRA added to its
-            weights, a checkpoint for `AutoModelForCausalLM.from_pretrained`. Its numbers are in `model.dtype` of
-            the run; 16-bit ones round what was added. A base that the run quantised is loaded unquantised for it.
+            dense adapter) or a head alone for `emberfed.load_adapter`; experts trained in full as their weights.
+            `peft` is a LoRA, for `PeftModel.from_pretrained`; `merged` is the base with the LoRA added to its
+            weights, or with the experts that were trained in the place of its own, a checkpoint for
+            `AutoModelForCausalLM.from_pretrained`. Its numbers are in `model.dtype` of the run; 16-bit ones round what
+            was trained. A base that the run quantised, or kept on disk, is loaded whole into memory for it.
         round: Which round; None: the newest whole one.
 
     Raises:
@@ -190,7 +191,13 @@ def export(
     check_free(target)
     _check_not_among_rounds(target)
     source, files = _exported(folder, _chosen_round(folder, round))
-    if format != "adapter" and sparse_adapter_files.is_ours(files[peft_layout.CONFIG_FILE]):
+    if format == "peft" and federated_experts.EXPERTS_FILE in files:
+        raise ConfigError(
+            f"{run} has no LoRA: it trained experts in full (adapter.tune), which PEFT has no format for; export it "
+            f"with format merged, or adapter for the trained weights alone"
+        )
+    settings = files.get(peft_layout.CONFIG_FILE)
+    if format != "adapter" and settings is not None and sparse_adapter_files.is_ours(settings):
         raise ConfigError(
             f"{run} has no LoRA: what it trained is not in PEFT's format and cannot be merged; export it with format "
             f"adapter"
@@ -200,7 +207,7 @@ def export(
             for name, data in files.items():
                 storage.write(filled / name, data)
         else:
-            _write_merged(checked, folder, source, filled)
+            _write_merged(checked, folder, source, files, filled)
     return target
 
 
@@ -223,21 +230,28 @@ def _chosen_round(folder: RunFolder, round: int | None) -> int:
 
 
 def _exported(folder: RunFolder, round: int) -> tuple[Path, dict[str, bytes]]:
-    """Return a round's folder and its PEFT files. Raises: RunFolderError if they are damaged or not there."""
+    """Return a round's folder and what it holds for other programs: PEFT's two files, or the experts' weights.
+
+    Raises: RunFolderError if they are damaged or not there.
+    """
     source = folder.round_path(round)
-    names = (peft_layout.CONFIG_FILE, peft_layout.TENSORS_FILE)
     state = folder.read_json(f"{source.relative_to(folder.path)}/state.json")
     digests = state.get("sha256") if isinstance(state, dict) else None
-    if not isinstance(digests, dict) or not set(names) <= set(digests):
+    kinds = ((peft_layout.CONFIG_FILE, peft_layout.TENSORS_FILE), (federated_experts.EXPERTS_FILE,))
+    known: dict[str, str] = digests if isinstance(digests, dict) else {}
+    names = next((names for names in kinds if known.keys() >= set(names)), None)
+    if names is None:
         raise RunFolderError(f"round {round} of {folder.path} has no PEFT adapter: its method writes none")
     files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     for name in names:
-        if hashlib.sha256(files.get(name, b"")).hexdigest() != digests[name]:
+        if hashlib.sha256(files.get(name, b"")).hexdigest() != known[name]:
             raise RunFolderError(f"{source / name} is damaged or gone; export another round (--round)")
     return source, files
 
 
-def _write_merged(checked: RunConfig, folder: RunFolder, adapter: Path, target: Path) -> None:
+def _write_merged(
+    checked: RunConfig, folder: RunFolder, source: Path, files: Mapping[str, bytes], target: Path
+) -> None:
     assembly.check_same_settings(folder, checked)
     unquantised = checked.model.model_copy(update={"expert_bits": None, "expert_storage": "memory"})
     with cpu_threads(checked.model.threads):
@@ -246,8 +260,11 @@ def _write_merged(checked: RunConfig, folder: RunFolder, adapter: Path, target: 
         model = checked.task.model(unquantised, processor, classes)
         # The numbers of a base that the run held in fewer bits are not those of the one it is merged with.
         assembly.check_same_model(folder, model, ignoring=() if checked.model.expert_bits is None else ("sha256",))
-        tensors, alpha = peft_layout.from_peft(adapter, model)
-        merging.merge_into(model, tensors, alpha)
+        experts = files.get(federated_experts.EXPERTS_FILE)
+        if experts is None:
+            merging.merge_into(model, *peft_layout.from_peft(source, model))
+        else:
+            merging.replace_experts(model, *federated_experts.read_experts(experts))
         merging.write_checkpoint(model, processor, target)
 
 

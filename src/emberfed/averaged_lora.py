@@ -6,8 +6,8 @@ Free functions would leave each of them the same ten methods to repeat; this abs
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor
 
@@ -44,13 +44,13 @@ class AveragedLora(Method):
         """Return the rank everybody gets, and which key of the configuration says so. Raises: ConfigError."""
 
     @abstractmethod
-    def held(self, model: FoundationModel) -> FoundationModel:
-        """Return the model as a client holds it while it trains. Raises: ConfigError if it cannot be held so."""
+    def check_held(self, model: FoundationModel, budgets: Sequence[Budget]) -> None:
+        """Check that clients of these budgets can hold the model as `held` says. Raises: ConfigError."""
 
     def init(self, model: FoundationModel, budgets: Sequence[Budget], seeds: Seeds) -> Bundle:
         """Start from a LoRA that changes nothing, of the rank everybody gets."""
         federated_lora.check_options(model, self.config)
-        self.held(model)
+        self.check_held(model, budgets)
         rank, whose = self.rank(budgets)
         tensors = federated_lora.initial(model, self.adapter, rank, whose, seeds)
         return Bundle(tensors, federated_lora.layout(model))
@@ -69,9 +69,13 @@ class AveragedLora(Method):
     ) -> FitResult:
         """Train the LoRA on the model as the client holds it."""
         tensors, alpha, gate = download.content.tensors, self.adapter.alpha, self.config.gate
-        held = self.held(model)
-        upload = federated_lora.train(self.trainer, held, tensors, alpha, gate, "none", download, shard, seeds)
-        return FitResult(upload, memory)
+        with self.held(model, download, client) as held:
+            upload = federated_lora.train(
+                self.trainer, held.model, tensors, alpha, gate, "none", download, shard, seeds
+            )
+        stats = upload.meta["stats"]
+        told = {**stats, "disk_bytes": stats["disk_bytes"] + held.disk_bytes}
+        return FitResult(Bundle(upload.tensors, {**upload.meta, "stats": told}), memory)
 
     @classmethod
     def combine(
@@ -92,12 +96,17 @@ class AveragedLora(Method):
         tensors = federated.adapter_of(state.tensors)
         return federated_lora.deployed(model, tensors, self.adapter.alpha, budget.top_k, self.config.gate)
 
+    @contextmanager
     def personal(
         self, model: FoundationModel, download: Payload, client: Client, memory: Bundle
-    ) -> AbstractContextManager[FoundationModel]:
+    ) -> Iterator[FoundationModel]:
         """Run the LoRA it was sent, with the client's K, on the model as it holds it."""
         tensors, alpha = download.content.tensors, self.adapter.alpha
-        return federated_lora.deployed(self.held(model), tensors, alpha, client.budget.top_k, self.config.gate)
+        with (
+            self.held(model, download, client) as held,
+            federated_lora.deployed(held.model, tensors, alpha, client.budget.top_k, self.config.gate) as running,
+        ):
+            yield running
 
     def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:
         """Return a PEFT adapter."""

@@ -13,14 +13,15 @@ reason is taken to say so before the others are done.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, final
 
 from pydantic import Field, model_validator
 
 from emberfed.devices import Device
-from emberfed.metrics import headline_in
+from emberfed.metrics import Aim, aimed_at, headline_in
 from emberfed.records import Json
 from emberfed.sections import Section
 
@@ -31,6 +32,13 @@ TIME_TO_ACCURACY: Final = "time_to_accuracy"
 """Event of the line in `metrics.jsonl` that says when a target was reached first."""
 
 
+_ALLOWED: Final[Mapping[Aim, tuple[float, str]]] = {
+    "headline": (1.0, "above 0 and be 1 at most"),
+    "loss": (math.inf, "above 0"),
+}
+"""The largest target, and where targets lie in words."""
+
+
 class ServerClock(Section):
     """What the server takes of a round.
 
@@ -39,7 +47,7 @@ class ServerClock(Section):
             eight channels of DDR4 reaches while it reads and adds.
     """
 
-    memory_bytes_per_second: float = Field(1e11, gt=0)
+    memory_bytes_per_second: float = Field(1e11, ge=1)
 
 
 class ClockConfig(Section):
@@ -47,19 +55,24 @@ class ClockConfig(Section):
 
     Attributes:
         deadline_seconds: A client that takes longer is refused, and the round lasts as long; null: none.
-        targets: Values of the headline metric, in (0, 1]; the first time each is reached stands in `metrics.jsonl`.
+        metric: What `targets` are values of, and what is drawn over time: headline (ROUGE-L or accuracy), or the loss
+            that is evaluated with it, in nats, for which lower is better.
+        targets: Values of that metric; the first time each is reached stands in `metrics.jsonl`. Above 0; those of the
+            headline are 1 at most.
         server: What the server takes.
     """
 
     deadline_seconds: float | None = Field(None, gt=0)
+    metric: Aim = "headline"
     targets: list[float] = Field(default_factory=list)
     server: ServerClock = ServerClock()
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
-        wrong = [target for target in self.targets if not 0 < target <= 1]
+        most, told = _ALLOWED[self.metric]
+        wrong = [target for target in self.targets if not 0 < target <= most]
         if wrong:
-            raise ValueError(f"targets must lie above 0 and be 1 at most, found {wrong[0]:g}")
+            raise ValueError(f"targets must lie {told}, found {wrong[0]:g} (values of clock.metric: {self.metric})")
         if len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must differ, found {self.targets}")
         return self
@@ -147,13 +160,14 @@ def elapsed(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def newly_reached(
-    targets: Collection[float], evaluations: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]
+    config: ClockConfig, evaluations: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Json]]:
     """Return a line for `metrics.jsonl` for each tier and target that these evaluations reach and none before did.
 
     Args:
-        targets: Values of the headline metric, for which more is better.
-        evaluations: The round's lines, with `clock_seconds`.
+        config: The targets, and the metric that they are values of.
+        evaluations: The round's lines, with `clock_seconds`. A loss that was not finite is null in them: it reaches
+            nothing.
         before: All lines of earlier rounds.
     """
     known = {(line["tier"], line["target"]) for line in before if line["event"] == TIME_TO_ACCURACY}
@@ -168,7 +182,8 @@ def newly_reached(
         }
         for line in evaluations
         if line["event"] == "evaluation"
-        for metric in [headline_in(line)]
-        for target in sorted(targets)
-        if (line["tier"], target) not in known and line[metric.key] >= target
+        for metric in [aimed_at(headline_in(line), config.metric)]
+        if line[metric.key] is not None
+        for target in metric.easiest_first(config.targets)
+        if (line["tier"], target) not in known and metric.reached(line[metric.key], target)
     ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from emberfed import costs, federated, federated_experts
 from emberfed.costs import Work
 from emberfed.data.shard import Batch, Shard
+from emberfed.errors import ClientError
 from emberfed.expert_roles import Experts
 from emberfed.federated_experts import ExpertTuningConfig
 from emberfed.federated_lora import GateOption
@@ -28,7 +29,7 @@ from emberfed.models.footprint import memory_by_module, total
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.groups import Gradient
 from emberfed.models.lora_layout import layer_of
-from emberfed.models.offloaded import OffloadedWeight
+from emberfed.models.offloaded import OffloadedWeight, disk_bytes_read
 from emberfed.models.profiling import Profile
 from emberfed.models.routed_lora import MATRICES
 from emberfed.models.spsa import ExploredExpert, ExploredLora, ExploredMatrices
@@ -49,7 +50,7 @@ class Exploration:
     """How gradients of experts that are not trained are estimated.
 
     Attributes:
-        batches: Batches for each expert, of examples that reach it.
+        batches: Batches for each expert, each with an example that reaches it.
         draws: Directions on each batch.
         step: How far along a direction, mu of SPSA.
     """
@@ -81,7 +82,7 @@ class Session:
         """
         content = download.content
         self._on_disk = [module for module in model.lm.modules() if isinstance(module, OffloadedWeight)]
-        self._read_before = self._disk_bytes()
+        self._read_before = disk_bytes_read(model.lm)
         self._trainer = trainer
         self._model = model
         self._download = download
@@ -96,27 +97,36 @@ class Session:
     def compact(self, plan: CompactPlan, gate: GateOption, reroute: bool = False) -> Iterator[CompactClient]:
         """Hold what the plan says inside the context, with the exploited experts ready to be trained."""
         start = self._start()
+        with (
+            self.held(plan, gate, reroute) as compact,
+            expert_tuning.attached(self._model, start, self._rows, self._adapter.alpha) as tuned,
+        ):
+            given, read = _Given(self._stacks, self._held, self._adapter), self.disk_bytes
+            merging = merging_flops(self._model, plan)
+            yield CompactClient(
+                self._trainer, self._model, self._download, compact, tuned, given, self._seeds, merging, read
+            )
+
+    @contextmanager
+    def held(self, plan: CompactPlan, gate: GateOption, reroute: bool = False) -> Iterator[Compact]:
+        """Hold what the plan says inside the context, with nothing attached."""
         top_k = self._download.content.meta["top_k"]
         with (
             self._model.active_experts(top_k, gate),
             compacted(self._model, plan, self.values, reroute) as compact,
-            expert_tuning.attached(self._model, start, self._rows, self._adapter.alpha) as tuned,
         ):
-            read = self._disk_bytes() - self._read_before
-            given = _Given(self._stacks, self._held, self._adapter)
-            yield CompactClient(
-                self._trainer, self._model, self._download, compact, tuned, given, self._seeds, _merging(plan), read
-            )
+            yield compact
 
     @contextmanager
     def deployed(self, plan: CompactPlan, gate: GateOption, reroute: bool = False) -> Iterator[FoundationModel]:
         """Run the model with what a plan holds that tunes nothing inside the context."""
-        top_k = self._download.content.meta["top_k"]
-        with self._model.active_experts(top_k, gate), compacted(self._model, plan, self.values, reroute):
+        with self.held(plan, gate, reroute):
             yield self._model
 
-    def _disk_bytes(self) -> int:
-        return sum(weight.bytes_read for weight in self._on_disk)
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of experts read from disk since the session began."""
+        return sum(weight.bytes_read for weight in self._on_disk) - self._read_before
 
     def _start(self) -> dict[str, Tensor]:
         """Return the stacks that training begins with."""
@@ -157,7 +167,7 @@ class CompactClient:
         tuned: TunedExperts,
         given: _Given,
         seeds: Seeds,
-        merged_weights: int,
+        merging: int,
         read_bytes: int,
     ) -> None:
         """Made by `Session.compact`."""
@@ -168,12 +178,15 @@ class CompactClient:
         self._tuned = tuned
         self._given = given
         self._seeds = seeds
-        self._flops = 2 * merged_weights * model.shape.hidden * model.shape.expert_intermediate * len(MATRICES)
+        self._flops = merging
         self._read_bytes = read_bytes
 
     @torch.no_grad()
     def explore(self, experts: Experts, shard: Shard, reached_NLE: Tensor, how: Exploration) -> Tensor:
         """Return root mean squares of the gradients of some experts, which the plan holds unmerged but does not tune.
+
+        They are of batches as training draws them, of all examples, so that they compare with those of `train`: of the
+        first batches that hold an example that reaches the expert.
 
         Args:
             experts: Which, by row.
@@ -188,16 +201,15 @@ class CompactClient:
         size = self._trainer.config.batch_size
         for row, ids in enumerate(experts):
             for expert in ids:
-                rows_n = reached_NLE[:, row, expert].nonzero()[:, 0]
-                if not len(rows_n):
+                reached_N = reached_NLE[:, row, expert]
+                if not bool(reached_N.any()):
                     continue
                 order = self._seeds.torch(f"exploration of expert {expert} of row {row}")
-                chosen = rows_n[torch.randperm(len(rows_n), generator=order)].tolist()
+                order_N = torch.randperm(len(reached_N), generator=order)
+                batches = [order_N[start : start + size] for start in range(0, len(order_N), size)]
+                chosen = [batch_n for batch_n in batches if bool(reached_N[batch_n].any())][: how.batches]
                 explored = self._explored(row, expert)
-                squares = [
-                    self._squared_norm(explored, shard, chosen[start : start + size], how, order)
-                    for start in range(0, min(len(chosen), how.batches * size), size)
-                ]
+                squares = [self._squared_norm(explored, shard, batch_n.tolist(), how, order) for batch_n in chosen]
                 found_LE[row, expert] = math.sqrt(math.fsum(squares) / len(squares))
         return found_LE
 
@@ -207,8 +219,15 @@ class CompactClient:
         Returns:
             The content of an upload, and root mean squares of the gradients of steps, float32 (L, E), `UNKNOWN` for
             experts that had none.
+
+        Raises: ClientError if `reached_NLE` is of other examples, or the loss is not finite.
         """
         meta = self._download.content.meta
+        if len(reached_NLE) != len(shard.examples):
+            raise ClientError(
+                f"{self._download.client}: its profile is of {len(reached_NLE)} examples, and it has "
+                f"{len(shard.examples)}; remove the client's memory, and it begins anew"
+            )
         reached_N = torch.zeros(len(reached_NLE), dtype=torch.bool)
         for row, ids in enumerate(meta["exploited"]):
             reached_N |= reached_NLE[:, row, list(ids)].any(dim=1)
@@ -260,9 +279,28 @@ class CompactClient:
         return explored.squared_gradient_norm(loss, how.step, how.draws, order)
 
 
-def _merging(plan: CompactPlan) -> int:
-    """Return how many experts are added up in clusters of several."""
-    return sum(len(cluster.members) for layer in plan for cluster in layer.clusters if len(cluster.members) > 1)
+def merging_flops(model: FoundationModel, plan: CompactPlan) -> int:
+    """Return the FLOPs of adding up the experts that are in clusters of several."""
+    added = sum(len(cluster.members) for layer in plan for cluster in layer.clusters if len(cluster.members) > 1)
+    return 2 * added * model.shape.hidden * model.shape.expert_intermediate * len(MATRICES)
+
+
+def comparing_flops(model: FoundationModel) -> int:
+    """Return the FLOPs of the inner products of all pairs of experts of a layer, for all layers with experts."""
+    pairs, parameters = model.num_experts**2, model.shape.hidden * model.shape.expert_intermediate * len(MATRICES)
+    return 2 * model.num_layers * pairs * parameters
+
+
+def profile_flops(model: FoundationModel, work: Work, stacks: Mapping[str, Tensor]) -> int:
+    """Return the FLOPs of forward passes on the whole model, without its head.
+
+    Args:
+        model: The model.
+        work: Of the passes; what was counted of experts and of the head is passed over.
+        stacks: The tuned experts that are in place.
+    """
+    loras = {name: stack for name, stack in stacks.items() if not tuning_layout.is_full(name)}
+    return costs.forward_flops(model.shape, replace(work, head_tokens=0, expert_work=None), loras)
 
 
 @final
@@ -316,9 +354,8 @@ def profile_work(
         top_k=profile.top_k,
         head_tokens=0,
     )
-    loras = {name: stack for name, stack in stacks.items() if not tuning_layout.is_full(name)}
     return {
-        "flops": costs.forward_flops(model.shape, work, loras),
+        "flops": profile_flops(model, work, stacks),
         "memory_traffic_bytes": passes * total(memory_by_module(copy.lm)).stored_bytes,
     }
 

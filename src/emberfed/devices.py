@@ -38,12 +38,12 @@ class Device(Section):
     """
 
     name: str = Field(pattern=r"^[\w.=-]+$")
-    flops_per_second: float = Field(gt=0)
-    memory_bytes_per_second: float = Field(gt=0)
-    memory_bytes: int = Field(gt=0)
-    disk_bytes_per_second: float = Field(gt=0)
-    download_bytes_per_second: float = Field(gt=0)
-    upload_bytes_per_second: float = Field(gt=0)
+    flops_per_second: float = Field(ge=1)
+    memory_bytes_per_second: float = Field(ge=1)
+    memory_bytes: int = Field(ge=1, le=2**63)
+    disk_bytes_per_second: float = Field(ge=1)
+    download_bytes_per_second: float = Field(ge=1)
+    upload_bytes_per_second: float = Field(ge=1)
     source: str = "measured or chosen by whoever wrote the configuration"
 
 

@@ -19,8 +19,11 @@ class Clients(Protocol):
         """Answer as the client that is asked."""
         ...
 
-    def idle(self, question: Question, /) -> None:
-        """Do what that client does once its answer is out, while the server goes on. Raises: StorageError."""
+    def idle(self, question: Question, /) -> float:
+        """Do what that client does once its answer is out, while the server goes on; return the seconds it took.
+
+        Raises: StorageError.
+        """
         ...
 
 

@@ -76,6 +76,17 @@ class ExpertTuningConfig(Section):
         return lora.LoraConfig(rank=self.rank, alpha=self.alpha, attention=False, experts=True, head=False)
 
 
+def check_held(model: FoundationModel, budgets: Sequence[Budget]) -> None:
+    """Check that no tier holds more experts than there are. Raises: ConfigError naming the tier."""
+    total = model.num_layers * model.num_experts
+    for budget in budgets:
+        if (budget.held_experts or 0) > total:
+            raise ConfigError(
+                f"clients.tiers: tier {budget.tier!r} holds {budget.held_experts} experts, but the model has "
+                f"{model.num_layers} layers of {model.num_experts}; held_experts can be {total} at most"
+            )
+
+
 def check_budgets(model: FoundationModel, budgets: Sequence[Budget], who: str, merges: bool) -> None:
     """Check that every tier says what it can tune and hold, and that this is possible with the model.
 
@@ -88,6 +99,7 @@ def check_budgets(model: FoundationModel, budgets: Sequence[Budget], who: str, m
     Raises: ConfigError naming the tier, what it has, and what is needed.
     """
     federated_lora.check_experts(model, who)
+    check_held(model, budgets)
     layers, total = model.num_layers, model.num_layers * model.num_experts
     for budget in budgets:
         where = f"clients.tiers: tier {budget.tier!r}"
@@ -95,11 +107,6 @@ def check_budgets(model: FoundationModel, budgets: Sequence[Budget], who: str, m
         if tuned is None or held is None:
             missing = " and ".join(key for key in ("tuned_experts", "held_experts") if getattr(budget, key) is None)
             raise ConfigError(f"{where} has no {missing}, which {who} needs for every tier; add it")
-        if held > total:
-            raise ConfigError(
-                f"{where} holds {held} experts, but the model has {layers} layers of {model.num_experts}; held_experts "
-                f"can be {total} at most"
-            )
         least = layers if not merges else min(tuned + layers, total)
         if held < least:
             why = f", {tuned} that are tuned and a merged one for each layer" if merges else ", one for each layer"
@@ -247,22 +254,35 @@ def combine(updates: Sequence[Update], previous: Mapping[str, Tensor] | None) ->
     weights = aggregation.Weights(updates, unused=aggregation.unused(previous))
     combined = {}
     for name in aggregation.common_names(updates):
-        if previous is not None and name not in previous:
-            raise AggregationError(f"previous lacks {name!r}, which the clients sent; give all they began with")
-        before = aggregation.average_one(updates, name, weights, None) if previous is None else previous[name]
-        held = [_tuned(update, name, len(before)) for update in updates]
-        pairs = zip(aggregation.received(updates, name), held, strict=True)
-        rows_ = (tensor[list(ids)] for tensor, ids in pairs)
-        combined[name] = aggregation.mean_of_holders(before, held, weights.shares_C, rows_)
+        if previous is not None:
+            _check_previous(updates[0], name, previous)
+        is_counted = weights.used(name) is not None
+        if previous is None or not is_counted:
+            combined[name] = aggregation.average_one(updates, name, weights, None)
+        if is_counted:
+            held = [_tuned(update, name) for update in updates]
+            before = combined[name] if previous is None else previous[name]
+            pairs = zip(aggregation.received(updates, name), held, strict=True)
+            rows_ = (tensor[ids] for tensor, ids in pairs)
+            combined[name] = aggregation.mean_of_holders(before, held, weights.shares_C, rows_)
     return combined
 
 
-def _tuned(update: Update, name: str, experts: int) -> list[int]:
-    """Return the places, in a stack, of the experts a client tuned; all if it counted none for the stack."""
-    for prefix, counts in update.activations.items():
-        if name.startswith(f"{prefix.removesuffix('.')}."):
-            return [expert for expert, count in enumerate(counts.tolist()) if count > 0]
-    return list(range(experts))
+def _tuned(update: Update, name: str) -> list[int]:
+    """Return the places, in a stack, of the experts that a client tuned."""
+    pairs = update.activations.items()
+    counts_E = next(counts_E for prefix, counts_E in pairs if name.startswith(f"{prefix.removesuffix('.')}."))
+    return counts_E.nonzero()[:, 0].tolist()
+
+
+def _check_previous(update: Update, name: str, previous: Mapping[str, Tensor]) -> None:
+    if name not in previous:
+        raise AggregationError(f"previous lacks {name!r}, which the clients sent; give all they began with, or nothing")
+    found, before = update.tensors[name].shape, previous[name].shape
+    if found != before:
+        raise AggregationError(
+            f"{update.client}: {name!r} has shape {tuple(found)}, but {tuple(before)} in previous; they must be equal"
+        )
 
 
 def updates_of(state: Bundle, uploads: Sequence[Payload]) -> tuple[list[Update], dict[str, Tensor]]:
@@ -337,10 +357,16 @@ class _Among(Mapping[str, Tensor]):
 def export(state: Bundle, model: FoundationModel, alpha: float) -> Mapping[str, bytes]:
     """Return the files that let other programs open the tuned experts: a PEFT adapter, or their weights.
 
-    `experts.safetensors` holds `layers.{l}.experts.{matrix}.weight` (n, out, in); `trained` in its header says which.
+    `experts.safetensors` holds `layers.{l}.experts.{matrix}.weight` (n, out, in); `experts` in its header says which.
     """
     tensors = stacks_of(state)
     if state.meta["tune"] == "lora":
         return peft_layout.to_files(tensors, alpha, model)
     held = {str(layer): list(ids) for layer, ids in held_rows(state.meta).items()}
     return {EXPERTS_FILE: Bundle(tensors, {"experts": held}).to_bytes()}
+
+
+def read_experts(file: bytes) -> tuple[dict[str, Tensor], Rows]:
+    """Return the weights in an `experts.safetensors`, and which experts they are of. Raises: RunFolderError."""
+    content = Bundle.from_bytes(file)
+    return dict(content.tensors), {int(layer): tuple(ids) for layer, ids in content.meta["experts"].items()}

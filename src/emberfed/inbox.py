@@ -40,6 +40,7 @@ class Inbox:
         self.refused: dict[str, str] = {}
         self._round = round
         self._cohort = {client.id: client for client in cohort}
+        self._cohort_size = len(cohort)
         self._partial = partial
         self._listen = listen
         self._records = {id_: record for id_, record in partial.kept().items() if id_ in self._cohort}
@@ -109,7 +110,7 @@ class Inbox:
             others = [f"{name} failed: {why}" for name, why in sorted(self.failed.items())]
             others += [f"{name} refused: {why}" for name, why in sorted(self.refused.items())]
             raise RoundFailed(
-                f"round {self._round}: {len(self._records)} of {len(self._cohort)} clients gave a usable upload, "
+                f"round {self._round}: {len(self._records)} of {self._cohort_size} clients gave a usable upload, "
                 f"clients.min_replies is {min_replies} ({'; '.join(others)})"
             )
         return self._partial.uploads(sorted(self._records))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -14,14 +15,32 @@ from torch import Tensor
 from emberfed import plugins
 from emberfed.aggregation import LARGEST_VALUE, Update
 from emberfed.clients import Budget, Client
+from emberfed.costs import Work
 from emberfed.data.shard import Shard
 from emberfed.errors import AggregationError, ConfigError
+from emberfed.models.compact import Compact
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import Bundle, FitResult, Payload, TensorSpec
 from emberfed.sections import Section, validate
 from emberfed.seeds import Seeds
 from emberfed.server_optimizer import ServerOptimizerConfig
 from emberfed.training import Trainer
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """The model as a client holds it while it trains, before what it trains is attached.
+
+    Attributes:
+        model: With the client's K.
+        compact: Its state if it holds fewer experts than it has.
+        disk_bytes: Bytes of experts that the client read from disk to hold it so.
+    """
+
+    model: FoundationModel
+    compact: Compact | None = None
+    disk_bytes: int = 0
 
 
 class Method(ABC):
@@ -100,6 +119,30 @@ class Method(ABC):
     @abstractmethod
     def expects(self, state: Bundle, download: Payload) -> Mapping[str, TensorSpec]:
         """Return every tensor that the answer to `download` must hold; anything else is refused."""
+
+    @contextmanager
+    def held(self, model: FoundationModel, download: Payload, client: Client) -> Iterator[Held]:
+        """Give the model as the client holds it while it trains on a download; on exit it is as found.
+
+        That is the whole model, unless a method says otherwise. Where it depends on the client's data, of which nothing
+        is known here, all experts count as used alike.
+        """
+        with model.active_experts(download.content.meta["top_k"]):
+            yield Held(model)
+
+    def flops_beside(
+        self, held: Held, download: Payload, client: Client, work: Work, trained: Mapping[str, Tensor]
+    ) -> int:
+        """Return about how many FLOPs a client's first round takes beside training; for plans, counted nowhere else.
+
+        Args:
+            held: What `held` gives, inside of it.
+            download: What the client trains on.
+            client: The client.
+            work: Of one forward pass over all its examples on the model as it is held.
+            trained: What it trains.
+        """
+        return 0
 
     @abstractmethod
     def fit(

@@ -8,6 +8,8 @@ from typing import Literal, final
 
 Headline = Literal["rouge_l", "accuracy"]
 """Key of the figure that a task is judged by; `metric` in `run.json`."""
+Aim = Literal["headline", "loss"]
+"""Which of the two figures that every evaluation has is aimed at."""
 
 
 @final
@@ -56,6 +58,14 @@ class Metric:
         """1 if higher is better, -1 if lower is."""
         return 1 if self.better == "higher" else -1
 
+    def reached(self, value: float, target: float) -> bool:
+        """Return whether a value is a target or better; NaN is neither."""
+        return self.sign * value >= self.sign * target
+
+    def easiest_first(self, targets: Iterable[float]) -> list[float]:
+        """Return targets in the order in which a run that gets better reaches them."""
+        return sorted(targets, key=lambda target: self.sign * target)
+
 
 def _begun(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
@@ -86,6 +96,12 @@ def headline(key: Headline) -> Metric:
 def loss_beside(headline: Metric) -> Metric:
     """Return the loss that is recorded with a headline metric."""
     return _BESIDE[headline][0]
+
+
+def aimed_at(headline: Metric, aim: Aim) -> Metric:
+    """Return the metric that is meant where this is the headline."""
+    metrics: dict[Aim, Metric] = {"headline": headline, "loss": loss_beside(headline)}
+    return metrics[aim]
 
 
 def recorded_with(headline: Metric) -> tuple[Metric, ...]:

@@ -6,6 +6,7 @@ Only `Payload` bytes cross between server and client. They are safetensors with 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ class Bundle:
             length = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + length])
             return Bundle(safetensors.torch.load(data), _strict(header["__metadata__"]["meta"]))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunFolderError(f"these {len(data)} bytes are not a bundle of tensors ({error})") from None
 
     @staticmethod
@@ -62,7 +63,7 @@ class Bundle:
         try:
             with safe_open(path, framework="pt") as file:
                 return Bundle(_LazyTensors(path, tuple(file.keys())), _strict(file.metadata()["meta"]))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunFolderError(f"{path} is not a readable bundle of tensors ({error})") from None
 
 
@@ -72,7 +73,13 @@ def _strict(text: str) -> dict[str, Json]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    value = json.loads(text, parse_constant=refuse)
+    def finite(number: str) -> float:
+        value = float(number)
+        if math.isinf(value):
+            raise ValueError(f"{number[:20]} is too large a number")
+        return value
+
+    value = json.loads(text, parse_constant=refuse, parse_float=finite)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value

@@ -100,7 +100,7 @@ def _on_clock(
     before, spent = folder.metrics(), inbox.clock_seconds()
     now = clock.elapsed(before) + spent
     timed = [{**line, "clock_seconds": now} for line in evaluations]
-    reached = clock.newly_reached(timing.targets, timed, before)
+    reached = clock.newly_reached(timing, timed, before)
     return [*timed, *reached], {**summary, "clock_seconds": spent, "clock_total_seconds": now}
 
 
@@ -188,7 +188,7 @@ def _start(federation: Federation, folder: RunFolder, listen: events.Listener) -
     evaluations = _evaluate(federation, state, 0, _logged(folder, listen))
     if federation.timing is not None:
         evaluations = [{**line, "clock_seconds": 0.0} for line in evaluations]
-        evaluations += clock.newly_reached(federation.timing.targets, evaluations, [])
+        evaluations += clock.newly_reached(federation.timing, evaluations, [])
     folder.commit(0, state, federation.method.export(state, federation.model), evaluations, [])
     listen(events.RoundDone(0, _quality(federation, evaluations), time.perf_counter() - started))
     return 0, state

@@ -29,6 +29,9 @@ class Section(BaseModel):
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field and field.annotation not in (bool, bool | None):
                 raise ValueError(f"{name} must not be {str(value).lower()}")
+            for item in value if isinstance(value, list) else ():
+                if isinstance(item, bool):
+                    raise ValueError(f"{name} must not hold {str(item).lower()}")
         return values
 
 

@@ -18,6 +18,8 @@ from emberfed.models.foundation_model import FoundationModel
 from emberfed.records import SCORES, Assessment, Bundle, ClientFailed, Job, Payload, Question, Reply, Survey
 from emberfed.seeds import Seeds
 
+_LONGEST_REASON = 500
+
 
 @final
 class MemoryFolder:
@@ -102,24 +104,30 @@ class Worker:
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
-            return ClientFailed(question.round, question.client, f"{type(error).__name__} at {where}: {error}")
+            what = " ".join(str(error).split())[:_LONGEST_REASON]  # libraries write stack traces into theirs
+            return ClientFailed(question.round, question.client, f"{type(error).__name__} at {where}: {what}")
 
-    def idle(self, question: Question) -> None:
+    def idle(self, question: Question) -> float:
         """Let the client do what it does after training, while the server goes on, if the method has such work.
 
         A client that cannot will say so when it is asked to train again, where the same work is then done.
 
-        Raises: StorageError.
+        Returns: Seconds it worked, 0 if there was nothing to do. Raises: StorageError.
         """
         if not (self._method.idles and isinstance(question, Job)):
-            return
+            return 0.0
+        started = time.perf_counter()
         try:
-            settled = self._settled(self._clients[question.client], question.round + 1)
+            memory = self._memory.read(question.client, question.round + 1)
+            settled = self._settled(self._clients[question.client], memory)
         except StorageError:
             raise
-        except (EmberfedError, RuntimeError):
-            return
+        except Exception:
+            return time.perf_counter() - started
+        if settled is memory:
+            return 0.0
         self._memory.write(question.client, question.round, settled)
+        return time.perf_counter() - started
 
     def run(self, job: Job) -> Reply:
         """Train one client for one round. Raises: ClientError, or whatever the method raises."""
@@ -128,7 +136,7 @@ class Worker:
         client = self._clients[job.client]
         seeds = self._seeds.at(round=job.round, client=job.client)
         with costs.measuring(self._model.device) as peak:
-            memory = self._settled(client, job.round)
+            memory = self._settled(client, self._memory.read(client.id, job.round))
             result = self._method.fit(self._model, download, client, self._shards(client.id), memory, seeds)
             upload = Payload(job.round, client.id, result.upload).to_bytes()
         self._memory.write(client.id, job.round, result.memory)
@@ -153,15 +161,14 @@ class Worker:
         started = time.perf_counter()
         download = Payload.from_bytes(job.download)
         client = self._clients[job.client]
-        memory = self._settled(client, job.round)
+        memory = self._settled(client, self._memory.read(client.id, job.round))
         with self._method.personal(self._model, download, client, memory) as model:
             scores = self._assess(client.id, model)
         answer = Payload(job.round, client.id, Bundle(meta={SCORES: scores.overall.json()})).to_bytes()
         return Reply(job.round, client.id, answer, {"seconds": time.perf_counter() - started})
 
-    def _settled(self, client: Client, before_round: int) -> Bundle:
-        """Return what the client kept before a round, its idle work done if it was cut short."""
-        memory = self._memory.read(client.id, before_round)
+    def _settled(self, client: Client, memory: Bundle) -> Bundle:
+        """Return what the client kept, its idle work done if it was cut short; the same object if there is none."""
         if not (self._method.idles and (memory.tensors or memory.meta)):
             return memory
         return self._method.idle(self._model, client, self._shards(client.id), memory)

@@ -13,7 +13,7 @@ from emberfed.arena.results import Comparison, Group, PersonalResult, Place, Tie
 from emberfed.arena.statistics import Spread
 from emberfed.metrics import Metric
 from emberfed.report import numbers
-from emberfed.report.figures import clock_panel
+from emberfed.report.figures import DASHED, clock_panel
 from emberfed.report.markup import Html
 from emberfed.report.plotting import PAPER, RULE, Axes, Panel, Series, area_legend, figure, line_legend, shorten
 
@@ -251,14 +251,17 @@ def _points(comparison: Comparison, places: Sequence[Place], name: str, cost: _C
 
 
 def over_clock(comparison: Comparison, identifier: str) -> Html:
-    """The headline metric against seconds on the clients' clock: a line for a contestant, a panel for a budget."""
+    """The clock's metric against seconds on the clients' clock: a line for a contestant, a panel for a budget."""
+    metric = comparison.clock_metric
     panels = {}
     for place in comparison.places():
         curves = {one: curve for one in contestants(comparison) if (curve := comparison.curve(place, one.name))}
         title = ", ".join(part for part in (group_title(comparison, place), place.label) if part)
-        panels[title] = clock_panel(comparison.headline, curves, comparison.targets)
+        panels[title] = clock_panel(metric, curves, comparison.targets)
     seeds = ", mean over seeds of each round" if len(comparison.grid.seeds) > 1 else ""
-    caption = f"{comparison.headline.heading} against seconds on the clients’ clock{seeds}; dashed: the targets."
+    caption = (
+        f"{metric.full_heading} against seconds on the clients’ clock{seeds}{DASHED if comparison.targets else ''}."
+    )
     return figure(identifier, caption, line_legend(contestants(comparison)), panels)
 
 

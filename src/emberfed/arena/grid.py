@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -198,7 +198,8 @@ def load(
     checked = config.parse(base)
     chosen = arena.seeds if seeds is None else seeds
     cells = tuple(_cells(arena, base, _seeds(chosen, checked.seed)))
-    _check_task(cells)
+    _check_alike(cells, "data.task", lambda run: run.data.task, "whose scores cannot be compared")
+    _check_alike(cells, "clock.metric", lambda run: run.clock.metric, "whose targets cannot be compared")
     _check_names(cells)
     return Grid(
         title=arena.title or stem,
@@ -322,14 +323,14 @@ def _assignments(overrides: Mapping[str, Any], where: str) -> list[str]:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}; give numbers, words, lists or sections") from None
 
 
-def _check_task(cells: Sequence[Cell]) -> None:
-    """Check that all runs can be compared: they learn one task. Raises: ConfigError."""
-    tasks = list(dict.fromkeys(cell.config.data.task for cell in cells))
-    if len(tasks) > 1:
-        other = next(cell for cell in cells if cell.config.data.task == tasks[1])
+def _check_alike(cells: Sequence[Cell], key: str, of: Callable[[RunConfig], str], why: str) -> None:
+    """Check that all runs can be compared: they have the same value of a key. Raises: ConfigError."""
+    first = of(cells[0].config)
+    other = next((cell for cell in cells if of(cell.config) != first), None)
+    if other is not None:
         raise ConfigError(
-            f"{cells[0].title!r} has data.task {tasks[0]} and {other.title!r} has {tasks[1]}, whose scores cannot be "
-            f"compared; give each task an arena of its own"
+            f"{cells[0].title!r} has {key} {first} and {other.title!r} has {of(other.config)}, {why}; "
+            f"give each {key.rpartition('.')[2]} an arena of its own"
         )
 
 

@@ -34,7 +34,7 @@ def markdown(comparison: Comparison) -> str:
     if comparison.has_clock and comparison.targets:
         head = ["of", *comparison.contestants]
         rows_ = [[" · ".join(told), *cells] for told, cells in times(comparison)]
-        parts += ["## Time to accuracy", times_note(comparison), _pipes(head, rows_)]
+        parts += [f"## {times_heading(comparison)}", times_note(comparison), _pipes(head, rows_)]
     parts += ["## Costs", costs_note(comparison), _costs(comparison), "## Set-up", *setup(comparison)]
     undone = without_result(comparison)
     if undone:
@@ -165,12 +165,18 @@ def _what_marks_mean(comparison: Comparison) -> list[str]:
     ]
 
 
+def times_heading(comparison: Comparison) -> str:
+    """Return what the table of times to the targets is called; accuracy is the papers' word for any headline."""
+    metric = comparison.clock_metric
+    return "Time to accuracy" if metric == comparison.headline else f"Time to {metric.title}"
+
+
 def times_note(comparison: Comparison) -> str:
     """Return what the table of times to the targets shows."""
     mean = ", mean over seeds" if len(comparison.grid.seeds) > 1 else ""
     return (
-        f"Seconds on the clients’ clock until {comparison.headline.title} first reached the target{mean}, and how many "
-        f"times sooner that is than {comparison.reference}. Where not every seed reached it, how many did."
+        f"Seconds on the clients’ clock until {comparison.clock_metric.title} first reached the target{mean}, and how "
+        f"many times sooner that is than {comparison.reference}. Where not every seed reached it, how many did."
     )
 
 

@@ -87,7 +87,7 @@ def _clock(comparison: Comparison) -> Html:
     if not comparison.targets:
         return drawn
     rows = [[" · ".join(told), *cells] for told, cells in markdown.times(comparison)]
-    listed = table("Time to accuracy", ["Of", *comparison.contestants], rows)
+    listed = table(markdown.times_heading(comparison), ["Of", *comparison.contestants], rows)
     return join([drawn, tag("p", markdown.times_note(comparison), class_="byline"), listed])
 
 

@@ -13,7 +13,7 @@ import emberfed
 from emberfed.arena.grid import Cell, Grid
 from emberfed.arena.statistics import PairedTest, Spread, paired
 from emberfed.errors import RunFolderError
-from emberfed.metrics import Metric, loss_beside
+from emberfed.metrics import Metric, aimed_at, loss_beside
 from emberfed.records import Json
 from emberfed.report.figures import Curve, clock_curve
 from emberfed.report.reading import RunFolder as ReadRun
@@ -50,7 +50,7 @@ class TierResult:
         seconds: What one of its clients takes for one round, on average.
         peak_memory_bytes: The most that any of its clients took.
         adapter_top_k: Its number of active experts of a sparse adapter; None without one.
-        curve: Seconds on the clients' clock and the headline metric at each evaluation; empty without a clock.
+        curve: Seconds on the clients' clock and the clock's metric at each evaluation; empty without a clock.
     """
 
     tier: str
@@ -66,9 +66,9 @@ class TierResult:
     adapter_top_k: int | None = None
     curve: Curve = ()
 
-    def seconds_to(self, target: float) -> float:
-        """Return when the headline metric first reached a target, on the clients' clock; infinite if it did not."""
-        return next((seconds for seconds, value in self.curve if value >= target), math.inf)
+    def seconds_to(self, metric: Metric, target: float) -> float:
+        """Return when the metric of its curve first reached a target; infinite if it did not."""
+        return next((seconds for seconds, value in self.curve if metric.reached(value, target)), math.inf)
 
     def of(self, metric: Metric) -> float:
         """Return its quality by a metric, NaN if that was not recorded."""
@@ -350,12 +350,18 @@ class Comparison:
         return any(tier.curve for one in self.cells for tier in one.tiers)
 
     @property
+    def clock_metric(self) -> Metric:
+        """What the targets are values of, and what is drawn over time; `grid.load` saw to it that it is one."""
+        return aimed_at(self.headline, self.cells[0].cell.config.clock.metric)
+
+    @property
     def targets(self) -> tuple[float, ...]:
-        """The values of the headline metric whose first time is of interest, ascending."""
-        return tuple(sorted({target for one in self.cells for target in one.cell.config.clock.targets}))
+        """The values of the clock's metric whose first time is of interest, the easiest first."""
+        found = {target for one in self.cells for target in one.cell.config.clock.targets}
+        return tuple(self.clock_metric.easiest_first(found))
 
     def curve(self, place: Place, contestant: str) -> Curve:
-        """Return seconds on the clients' clock and the headline metric, mean over seeds of each evaluation."""
+        """Return seconds on the clients' clock and the clock's metric, mean over seeds of each evaluation."""
         runs = [tier.curve for tier in self.at(place, contestant).values() if tier.curve]
         return tuple(
             (fmean(seconds for seconds, _ in points), fmean(value for _, value in points))
@@ -364,7 +370,8 @@ class Comparison:
 
     def times_to(self, place: Place, contestant: str, target: float) -> tuple[float, ...]:
         """Return the seconds until a target was first reached, by seed; infinite where it was not."""
-        return tuple(tier.seconds_to(target) for tier in self.at(place, contestant).values() if tier.curve)
+        tiers = self.at(place, contestant).values()
+        return tuple(tier.seconds_to(self.clock_metric, target) for tier in tiers if tier.curve)
 
     def speed_up(self, place: Place, contestant: str, target: float) -> float:
         """Return how much sooner a contestant reached a target than the reference, in means over seeds.
@@ -423,6 +430,7 @@ class Comparison:
                 if (found := self.at(place, name))
             ],
             **({"personal": list(self._personal_json())} if self.has_personal else {}),
+            **({"clock_metric": self.clock_metric.key} if self.has_clock else {}),
             **({"time_to_accuracy": list(self._times_json())} if self.has_clock else {}),
             "contests": [
                 {
@@ -443,7 +451,7 @@ class Comparison:
                     yield {
                         **place.json(),
                         "contestant": name,
-                        "metric": self.headline.key,
+                        "metric": self.clock_metric.key,
                         "target": target,
                         "clock_seconds": [_finite(seconds) for seconds in self.times_to(place, name, target)],
                         "reference": self.reference,
@@ -551,5 +559,5 @@ def _tier(run: ReadRun, tier: TierView) -> TierResult:
         seconds=mean(line.seconds for line in clients),
         peak_memory_bytes=largest(line.peak_memory_bytes for line in clients),
         adapter_top_k=tier.adapter_top_k,
-        curve=clock_curve(lines, run.headline),
+        curve=clock_curve(lines, run.clock_metric),
     )

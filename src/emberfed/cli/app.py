@@ -303,7 +303,8 @@ def plan(config: Config = None, overrides: Overrides = None, as_json: AsJson = F
         from emberfed.cli import plan as planning
 
         plans = planning.plan(configuration.load(config, overrides or ()))
-        output(as_json).result({"tiers": [tier.json() for tier in plans]}, *planning.tables(plans))
+        document = {"tiers": [tier.json() for tier in plans], "warnings": planning.warnings(plans)}
+        output(as_json).result(document, *planning.tables(plans))
 
 
 @app.command(epilog="Example: emberfed doctor config.yaml --set model.expert_bits=4")

@@ -114,13 +114,14 @@ def spoil(upload: bytes, fault: Fault) -> bytes:
 def _spoiled(given: Mapping[str, torch.Tensor], fault: Fault) -> dict[str, torch.Tensor]:
     """Return tensors with one thing wrong in them."""
     tensors = dict(given)
-    name = next(key for key in sorted(tensors) if tensors[key].is_floating_point())
+    names = sorted(tensors)
+    name = next((key for key in names if tensors[key].is_floating_point()), names[0])  # surveys hold counts alone
     spoiled = tensors.pop(name)
     if fault == "foreign":
         tensors["a.stranger"] = spoiled.clone()
     if fault == "nan":
         spoiled = spoiled.clone()
-        spoiled.view(-1)[-1] = torch.nan
+        spoiled.view(-1)[-1] = torch.nan if spoiled.is_floating_point() else -1
     if fault == "shape":
         spoiled = spoiled[..., :1].contiguous()
     if fault == "dtype":

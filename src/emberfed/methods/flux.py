@@ -23,7 +23,9 @@ Of the paper only the abstract was at hand, and notes of others. What we decide:
 * `profile: stale`: the profile is of the model of the client's last round, made after its upload while the server
   aggregates, and kept in its memory. `fresh`: of the model it is sent, before it trains.
 * epsilon grows linearly over a number of rounds of its own, not over those of the run, so that a run can be extended.
-* A merged expert is the mean of its members' present weights, LoRA folded in, weighted by frequency times attention.
+* Which experts are alike is decided by the base's parameters, once: what is trained since changes them little, and
+  comparing all of them takes reading all of them. A merged expert itself is the mean of its members' present weights,
+  LoRA folded in, weighted by frequency times attention.
 * The global model is evaluated whole.
 
 Shapes: L layers with experts, E experts.
@@ -32,8 +34,8 @@ Shapes: L layers with experts, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal, Self, final
 
@@ -41,29 +43,33 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from emberfed import compact_session, expert_roles, federated_experts
+from emberfed import compact_session, costs, expert_roles, federated_experts
 from emberfed.aggregation import Update
 from emberfed.clients import Budget, Client
 from emberfed.compact_session import UNKNOWN, Exploration
+from emberfed.costs import Work
 from emberfed.data.shard import Shard
 from emberfed.expert_roles import Roles
 from emberfed.federated_experts import ExpertTuningConfig, ProfileConfig
 from emberfed.federated_lora import GateOption
-from emberfed.method import Method
-from emberfed.models import expert_merging
+from emberfed.method import Held, Method
+from emberfed.models import expert_merging, profiling
 from emberfed.models.compact import CompactPlan
 from emberfed.models.expert_merging import BudgetRule, WeightRule
 from emberfed.models.expert_values import ExpertValues
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.low_bit_copies import LowBitCopies
+from emberfed.models.offloaded import disk_bytes_read
 from emberfed.models.profiling import Profile
-from emberfed.models.received_attention import receiving
 from emberfed.records import Bundle, FitResult, Json, Payload, TensorSpec
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer
 
 REACH = "reach"
 """Key of |D^e|: int64 (L, E), how many of a client's examples send a token to each expert."""
+
+PRODUCTS = "expert_products"
+"""Key of what a client compares experts by: float64 (L, E, E), inner products of the base's parameters."""
 
 GRADIENTS = "gradient_rms"
 """Key of root mean squares of gradients' norms: float32 (L, E), `UNKNOWN` where none was measured."""
@@ -82,6 +88,8 @@ class FluxConfig(ProfileConfig):
         exploration_step: How far along a direction, mu of SPSA.
         profile: When a client makes its profile: `stale`: in idle time, of the model of its last round; `fresh`: of the
             model it is sent, before it trains.
+        merging: Who is merged into what: `clusters`: FLUX's, a budget for each layer and k-means within it;
+            `least_error` (ours): experts are joined where it changes the weighted parameters least, over all layers.
         layer_budget: How many merged experts a layer gets: `adaptive` (early layers, and those whose experts are used
             evenly, get more), `uniform`, or `one`.
         merge_weights: What a member weighs in a merged expert: `attention_frequency`, `frequency` or `uniform`.
@@ -91,16 +99,24 @@ class FluxConfig(ProfileConfig):
 
     epsilon_first: float = Field(0.3, gt=0, le=1)
     epsilon_last: float = Field(0.9, gt=0, le=1)
-    epsilon_rounds: int = Field(10, ge=1)
-    coverage: int = Field(0, ge=0)
+    epsilon_rounds: int = Field(10, ge=1, le=1_000_000)
+    coverage: int = Field(0, ge=0, le=1_000_000)
     exploration_batches: int = Field(1, ge=1)
     exploration_draws: int = Field(1, ge=1)
     exploration_step: float = Field(3e-3, gt=0, le=1)
     profile: Literal["stale", "fresh"] = "stale"
+    merging: Literal["clusters", "least_error"] = "clusters"
     layer_budget: BudgetRule = "adaptive"
     merge_weights: WeightRule = "attention_frequency"
-    dimensions: int = Field(8, ge=1)
+    dimensions: int = Field(8, ge=1, le=65536)
     gate: GateOption = "native"
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        for key in ("layer_budget", "dimensions"):
+            if self.merging == "least_error" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect with merging 'least_error'; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _another_model_beside(self) -> Self:
@@ -131,8 +147,9 @@ class Flux(Method):
         """Start from the experts of the base; of clients nothing is known yet."""
         federated_experts.check_budgets(model, budgets, self.title, merges=True)
         if self.config.merge_weights == "attention_frequency":
-            with receiving(model):  # raises where the model tells nothing of attention
-                pass
+            # Of one token: it raises where the model tells nothing of attention, before any client is asked.
+            token = torch.zeros(1, 1, dtype=torch.int64)
+            profiling.profile(model, [(token, torch.ones_like(token))])
         state = federated_experts.initial(model, self.adapter, seeds)
         return Bundle(state.tensors, {**state.meta, "roles_seed": seeds.integer("roles"), "roles": {}})
 
@@ -145,9 +162,15 @@ class Flux(Method):
         return {REACH: federated_experts.counts_spec(state.meta)}
 
     def survey(self, model: FoundationModel, client: Client, shard: Shard, memory: Bundle, seeds: Seeds) -> FitResult:
-        """Profile the base; the profile is that of the first round too."""
+        """Profile the base, which is the profile of the first round too, and compare its experts."""
         profile = self._settled(memory) or self._profile(model, Bundle(), client, shard)
-        return FitResult(Bundle({REACH: profile.examples_LE}), Bundle(profile.to_tensors(), {"surveyed": True}))
+        read_before = disk_bytes_read(model.lm)
+        products_LEE = self._products(model, client)
+        cost = self._cost(model, profile, Bundle())
+        cost["flops"] += compact_session.comparing_flops(model)
+        cost["disk_bytes"] = disk_bytes_read(model.lm) - read_before
+        kept = {**profile.to_tensors(), PRODUCTS: products_LEE}
+        return FitResult(Bundle({REACH: profile.examples_LE}), Bundle(kept, {"cost": cost}))
 
     def assign(self, state: Bundle, cohort: Sequence[Client], surveys: Sequence[Payload], round: int) -> Bundle:
         """Take note of the surveys, then give the cohort its roles."""
@@ -180,7 +203,7 @@ class Flux(Method):
     def fit(
         self, model: FoundationModel, download: Payload, client: Client, shard: Shard, memory: Bundle, seeds: Seeds
     ) -> FitResult:
-        """Merge, explore, train; remember the model for the profile, or nothing if it will be made afresh."""
+        """Merge, explore, train; remember the model for the profile, or this one if the next will be made afresh."""
         content, fresh = download.content, self.config.profile == "fresh"
         profile = None if fresh else self._settled(memory)
         made_now = profile is None
@@ -188,22 +211,56 @@ class Flux(Method):
             profile = self._profile(model, content if fresh else Bundle(), client, shard)
         roles = _roles(content.meta)
         session = compact_session.Session(self.trainer, model, download, self.adapter, seeds)
-        plan = self._plan(session.values, model, profile, roles, download, _held(client))
+        products_LEE = memory.tensors[PRODUCTS] if PRODUCTS in memory.tensors else self._products(model, client)
+        plan = self._plan(profile, products_LEE, roles, download, client)
         with session.compact(plan, self.config.gate) as compact:
             explored_LE = compact.explore(roles.explored, shard, profile.reached_NLE, self._exploration)
             upload, trained_LE = compact.train(shard, profile.reached_NLE)
         found = {REACH: profile.examples_LE, GRADIENTS: torch.where(trained_LE >= 0, trained_LE, explored_LE)}
-        at_once = made_now or bool(memory.meta.get("surveyed"))
+        stats = upload.meta["stats"]
+        if "cost" in memory.meta:  # of the survey, which came before this first round
+            stats = compact_session.with_profile(stats, memory.meta["cost"], at_once=True, in_idle_time=False)
         cost = self._cost(model, profile, content)
-        stats = compact_session.with_profile(upload.meta["stats"], cost, at_once, not fresh)
-        kept = Bundle() if fresh else Bundle(federated_experts.stacks_of(content), dict(content.meta))
-        return FitResult(Bundle({**upload.tensors, **found}, {**upload.meta, "stats": stats}), kept)
+        stats = compact_session.with_profile(stats, cost, at_once=made_now, in_idle_time=not fresh)
+        stacks = federated_experts.stacks_of(content)
+        kept, told = (profile.to_tensors(), {}) if fresh else (stacks, dict(content.meta))
+        answer = Bundle({**upload.tensors, **found}, {**upload.meta, "stats": stats})
+        return FitResult(answer, Bundle({**kept, PRODUCTS: products_LEE}, told))
 
     def idle(self, model: FoundationModel, client: Client, shard: Shard, memory: Bundle) -> Bundle:
         """Profile the model of the last round, as the client remembers it."""
         if self._settled(memory) is not None:
             return memory
-        return Bundle(self._profile(model, memory, client, shard).to_tensors())
+        profile = self._profile(model, memory, client, shard)
+        return Bundle({**profile.to_tensors(), PRODUCTS: memory.tensors[PRODUCTS]})
+
+    @contextmanager
+    def held(self, model: FoundationModel, download: Payload, client: Client) -> Iterator[Held]:
+        """The compact model, as of a client that has no profile yet."""
+        session = compact_session.Session(self.trainer, model, download, self.adapter, Seeds(0))
+        roles = _roles(download.content.meta)
+        plan = self._plan(None, self._products(model, client), roles, download, client)
+        with session.held(plan, self.config.gate) as compact:
+            yield Held(model, compact, session.disk_bytes)
+
+    def flops_beside(
+        self, held: Held, download: Payload, client: Client, work: Work, trained: Mapping[str, Tensor]
+    ) -> int:
+        """Profiles, merging, and two forward passes for each direction in which an explored expert is tried."""
+        assert held.compact is not None
+        config: FluxConfig = self.config
+        model = held.model
+        stacks = federated_experts.stacks_of(download.content)
+        profiles = 2 if config.profile == "fresh" else 1  # that of the survey, and that of what it was sent
+        explored = sum(map(len, _roles(download.content.meta).explored))
+        share = min(1.0, config.exploration_batches * self.trainer.config.batch_size / client.examples)
+        passes = 2 * config.exploration_draws * explored * share
+        return (
+            profiles * compact_session.profile_flops(model, work, stacks)
+            + compact_session.comparing_flops(model)
+            + compact_session.merging_flops(model, held.compact.plan)
+            + round(passes * costs.forward_flops(model.shape, work, trained))
+        )
 
     @classmethod
     def combine(
@@ -240,7 +297,8 @@ class Flux(Method):
         profile = self._settled(memory)
         session = compact_session.Session(self.trainer, model, download, self.adapter, Seeds(0))
         as_they_are = Roles(tuple(() for _ in model.blocks), _roles(download.content.meta).tuned)
-        plan = self._plan(session.values, model, profile, as_they_are, download, _held(client))
+        products_LEE = memory.tensors[PRODUCTS] if PRODUCTS in memory.tensors else self._products(model, client)
+        plan = self._plan(profile, products_LEE, as_they_are, download, client)
         return session.deployed(plan, self.config.gate)
 
     def export(self, state: Bundle, model: FoundationModel) -> Mapping[str, bytes]:
@@ -293,38 +351,32 @@ class Flux(Method):
         draws = {client.id: seeds.at(client=client.id).numpy("exploration") for client in cohort}
         return expert_roles.assign(utilities, budgets, share, coverage, draws, tunable).roles
 
+    def _products(self, model: FoundationModel, client: Client) -> Tensor:
+        """Return inner products of the base's experts, taken with as many in memory as the client can hold."""
+        values, held = ExpertValues(model, {}, {}, self.adapter.alpha), max(2, _held(client))
+        rows = range(model.num_layers)
+        return torch.stack(
+            [expert_merging.gram(partial(values.matrices, row), model.num_experts, held) for row in rows]
+        )
+
     def _plan(
-        self,
-        values: ExpertValues,
-        model: FoundationModel,
-        profile: Profile | None,
-        roles: Roles,
-        download: Payload,
-        held: int,
+        self, profile: Profile | None, products_LEE: Tensor, roles: Roles, download: Payload, client: Client
     ) -> CompactPlan:
         """Return what becomes of each expert: exploited ones are tuned, explored ones held as they are, others merged.
 
-        Inner products of experts are taken with as many of them in memory as the client can hold.
+        Without a profile all experts of a layer count as used alike.
         """
-        layers, experts = model.num_layers, model.num_experts
-        kept = sum(map(len, roles.tuned))
-        features = [
-            expert_merging.principal_features(
-                expert_merging.gram(partial(values.matrices, row), experts, max(2, held)), self.config.dimensions
-            )
-            for row in range(layers)
-        ]
-        return expert_merging.plan(
-            roles.exploited,
-            roles.explored,
-            min(held, layers * experts) - kept,
-            torch.ones(layers, experts) if profile is None else profile.frequency_LE,
-            None if profile is None else profile.attention_LE,
-            torch.stack(features),
-            torch.Generator().manual_seed(download.content.meta["merging_seed"]),
-            self.config.layer_budget,
-            "uniform" if profile is None else self.config.merge_weights,
-        )
+        config, (layers, experts, _) = self.config, products_LEE.shape
+        merged = min(_held(client), layers * experts) - sum(map(len, roles.tuned))
+        frequency_LE = torch.ones(layers, experts) if profile is None else profile.frequency_LE
+        attention_LE = None if profile is None else profile.attention_LE
+        weights: WeightRule = "uniform" if profile is None else config.merge_weights
+        given = (roles.exploited, roles.explored, merged, frequency_LE, attention_LE)
+        if config.merging == "least_error":
+            return expert_merging.least_error_plan(*given, products_LEE, weights)
+        features = [expert_merging.principal_features(products_EE, config.dimensions) for products_EE in products_LEE]
+        draw = torch.Generator().manual_seed(download.content.meta["merging_seed"])
+        return expert_merging.plan(*given, torch.stack(features), draw, config.layer_budget, weights)
 
 
 def _of(client: str, key: str) -> str:

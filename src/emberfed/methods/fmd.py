@@ -1,7 +1,9 @@
 """FMD, a baseline of FLUX (https://arxiv.org/abs/2508.19078): all experts are tuned, off-loaded to the client's disk.
 
-A client with too little memory keeps every expert on its disk and reads it whenever tokens go to it, forward and again
-backward. Nothing is lost but time: the result is that of FedIT on the same LoRA, to the bit.
+A client with too little memory keeps the experts on its disk and reads one whenever tokens go to it, forward and again
+backward. Of a tier with `held_experts` it holds as many in memory, the first ones of each layer (the layers' shares
+differ by one at most, earlier ones having more), and reads those once a round. Nothing is lost but time: the result is
+that of FedIT on the same LoRA, to the bit.
 
 The paper's FMD tunes the weights themselves; here it tunes their LoRA, whose moments stay in memory, since weights that
 are written back at every step with two moments each would make it six times slower still.
@@ -9,15 +11,19 @@ are written back at every step with two moments each would make it six times slo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import final
 
-from emberfed import federated_lora
+from emberfed import federated_experts, federated_lora
 from emberfed.averaged_lora import AveragedLora, AveragedLoraConfig
-from emberfed.clients import Budget
+from emberfed.clients import Budget, Client, largest_remainder
 from emberfed.errors import ConfigError
+from emberfed.method import Held
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.models.offloaded import OffloadedWeight
+from emberfed.models.offloaded import disk_bytes_read, is_offloaded
+from emberfed.models.stacked import EXPERT_WEIGHTS
+from emberfed.records import Payload
 
 
 class FmdConfig(AveragedLoraConfig):
@@ -36,12 +42,23 @@ class Fmd(AveragedLora):
         """The adapter's."""
         return self.adapter.rank, "adapter.rank"
 
-    def held(self, model: FoundationModel) -> FoundationModel:
-        """The model, whose experts must be on disk."""
+    def check_held(self, model: FoundationModel, budgets: Sequence[Budget]) -> None:
+        """The model's experts must be on disk, and no tier can hold more of them than there are."""
         federated_lora.check_experts(model, self.title)
-        if not any(isinstance(module, OffloadedWeight) for module in model.lm.modules()):
+        if not is_offloaded(model.lm):
             raise ConfigError(
                 f"{self.title} trains experts that stay on disk, but this model's are in memory; set "
                 f"model.expert_storage=disk"
             )
-        return model
+        federated_experts.check_held(model, budgets)
+
+    @contextmanager
+    def held(self, model: FoundationModel, download: Payload, client: Client) -> Iterator[Held]:
+        """The model with the experts in memory that there is room for."""
+        layers, read_before = model.num_layers, disk_bytes_read(model.lm)
+        shares = largest_remainder([1 / layers] * layers, client.budget.held_experts or 0)
+        with model.active_experts(download.content.meta["top_k"]), ExitStack() as stack:
+            for block, share in zip(model.blocks, shares, strict=True):
+                for name in EXPERT_WEIGHTS:
+                    stack.enter_context(getattr(block.experts, name).holding(range(share)))
+            yield Held(model, disk_bytes=disk_bytes_read(model.lm) - read_before)

@@ -13,8 +13,8 @@ Shapes: L layers with experts, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, final
 
 import torch
@@ -23,11 +23,12 @@ from torch import Tensor
 from emberfed import compact_session, federated_experts
 from emberfed.aggregation import Update
 from emberfed.clients import Budget, Client, largest_remainder
+from emberfed.costs import Work
 from emberfed.data.shard import Shard
 from emberfed.errors import ConfigError
 from emberfed.federated_experts import ExpertTuningConfig, ProfileConfig
 from emberfed.federated_lora import GateOption
-from emberfed.method import Method
+from emberfed.method import Held, Method
 from emberfed.models.compact import Cluster, CompactPlan, LayerPlan
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.low_bit_copies import LowBitCopies
@@ -129,6 +130,19 @@ class Fmes(Method):
         if "cost" in memory.meta:  # of the survey, which came before this first round
             stats = compact_session.with_profile(stats, memory.meta["cost"], at_once=True, in_idle_time=False)
         return FitResult(Bundle(upload.tensors, {**upload.meta, "stats": stats}), Bundle(meta={"surveyed": True}))
+
+    @contextmanager
+    def held(self, model: FoundationModel, download: Payload, client: Client) -> Iterator[Held]:
+        """The model with the experts that the client keeps."""
+        session = compact_session.Session(self.trainer, model, download, self.adapter, Seeds(0))
+        with session.held(self._plan(download, tuned=True), self.config.gate, self._reroutes) as compact:
+            yield Held(model, compact, session.disk_bytes)
+
+    def flops_beside(
+        self, held: Held, download: Payload, client: Client, work: Work, trained: Mapping[str, Tensor]
+    ) -> int:
+        """The profile that its survey takes."""
+        return compact_session.profile_flops(held.model, work, {})
 
     @classmethod
     def combine(

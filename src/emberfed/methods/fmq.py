@@ -7,14 +7,17 @@ it would cost in use is not. With `model.expert_bits: 4` the base itself is in 4
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, final
 
 from emberfed import federated_lora
 from emberfed.averaged_lora import AveragedLora, AveragedLoraConfig
-from emberfed.clients import Budget
+from emberfed.clients import Budget, Client
+from emberfed.method import Held
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.low_bit_copies import LowBitCopies
+from emberfed.records import Payload
 from emberfed.training import Trainer
 
 
@@ -45,7 +48,14 @@ class Fmq(AveragedLora):
         """The adapter's."""
         return self.adapter.rank, "adapter.rank"
 
-    def held(self, model: FoundationModel) -> FoundationModel:
-        """The model with its experts in few bits."""
+    def check_held(self, model: FoundationModel, budgets: Sequence[Budget]) -> None:
+        """The model must have experts, and these must go into few bits."""
         federated_lora.check_experts(model, self.title)
-        return self._copies.of(model, self.config.bits)
+        self._copies.of(model, self.config.bits)
+
+    @contextmanager
+    def held(self, model: FoundationModel, download: Payload, client: Client) -> Iterator[Held]:
+        """The model with its experts in few bits."""
+        copy = self._copies.of(model, self.config.bits)
+        with copy.active_experts(download.content.meta["top_k"]):
+            yield Held(copy)

@@ -43,6 +43,5 @@ class HomoLora(AveragedLora):
         who = "homolora with rank lowest (rank: adapter would take adapter.rank)"
         return min(federated_lora.tier_ranks(budgets, who)), "clients.tiers: the lowest rank"
 
-    def held(self, model: FoundationModel) -> FoundationModel:
-        """The whole model."""
-        return model
+    def check_held(self, model: FoundationModel, budgets: Sequence[Budget]) -> None:
+        """Everybody holds the whole model."""

@@ -1,6 +1,7 @@
-"""An adapter written into the base's own weights, and the result as an ordinary Hugging Face checkpoint.
+"""What was trained written into the base's own weights, and the result as an ordinary Hugging Face checkpoint.
 
-W becomes W + alpha / R * B A for attention, experts and MLPs; a trained router or head takes the place of the base's.
+W becomes W + alpha / R * B A for attention, experts and MLPs; a trained router, head or expert takes the place of the
+base's.
 Sums are float32, one matrix of one expert at a time, and are rounded once to the type the base is loaded in. A bfloat16
 weight has 8 significant bits, so an update below 1/512 of it can vanish: merge into a float32 base to lose nothing.
 """
@@ -20,12 +21,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from emberfed.errors import ModelError, StorageError
+from emberfed.models import tuning_layout
+from emberfed.models.expert_layer import matrix_of
 from emberfed.models.expert_weights import ExpertWeights
 from emberfed.models.foundation_model import FoundationModel, SparseBlock
 from emberfed.models.head import head_parameters
 from emberfed.models.lora_layout import check, linears, router_weight
 from emberfed.models.offloaded import is_offloaded
 from emberfed.models.quantised import QuantisedWeight
+from emberfed.models.routed_lora import MATRICES
+from emberfed.models.tuning_layout import Rows
 
 
 class Saveable(Protocol):
@@ -65,6 +70,31 @@ def merge_into(model: FoundationModel, tensors: Mapping[str, torch.Tensor], alph
     for name, parameter in head_parameters(model).items():
         if name in on_device:
             parameter.detach().copy_(on_device[name])
+
+
+@torch.no_grad()
+def replace_experts(model: FoundationModel, tensors: Mapping[str, torch.Tensor], rows: Rows) -> None:
+    """Put experts that were trained in full in the place of the model's, rounded once, if at all. It is for good.
+
+    Args:
+        model: In 16 or 32 bits.
+        tensors: Stacks `layers.{l}.experts.{matrix}.weight`, (n, out, in).
+        rows: Which experts they hold.
+
+    Raises: ModelError if they do not fit or hold LoRA, or the base is quantised or on disk.
+    """
+    tuning_layout.check(model, tensors, rows)
+    check_mergeable(model)
+    lora = next((name for name in tensors if not tuning_layout.is_full(name)), None)
+    if lora is not None:
+        raise ModelError(f"{lora!r} is LoRA, which takes the place of no weights; merge it instead")
+    for block in model.blocks:
+        weights = _own(block)
+        for place, expert in enumerate(rows.get(block.layer, ())):
+            for matrix in MATRICES:
+                stack = tensors.get(f"layers.{block.layer}.experts.{matrix}{tuning_layout.WEIGHT}")
+                if stack is not None:
+                    matrix_of(weights, expert, matrix).copy_(stack[place].t())
 
 
 @contextmanager
@@ -152,17 +182,21 @@ def write_checkpoint(model: FoundationModel, processor: Saveable | None, folder:
         raise StorageError(f"could not write {folder}: {reason}; make room or allow writing, then repeat") from error
 
 
-def _merge_experts(block: SparseBlock, tensors: Mapping[str, torch.Tensor], alpha: float) -> None:
+def _own(block: SparseBlock) -> ExpertWeights:
+    """Return a block's experts in their own type, which are views on what the model has."""
     experts: Any = block.experts
-    weights = ExpertWeights(experts, experts.gate_up_proj.dtype)  # its own type, so that it hands out views
-    for matrix in ("gate_proj", "up_proj", "down_proj"):
+    return ExpertWeights(experts, experts.gate_up_proj.dtype)
+
+
+def _merge_experts(block: SparseBlock, tensors: Mapping[str, torch.Tensor], alpha: float) -> None:
+    weights = _own(block)
+    for matrix in MATRICES:
         path = f"layers.{block.layer}.experts.{matrix}"
         if f"{path}.lora_A" not in tensors:
             continue
         a_ERI, b_EOR = tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]
         for expert, (a, b) in enumerate(zip(a_ERI, b_EOR, strict=True)):
-            stored = weights.down(expert) if matrix == "down_proj" else weights.half(matrix, weights.gate_up(expert))
-            _add(stored.t(), b @ a, alpha / a.shape[0])
+            _add(matrix_of(weights, expert, matrix).t(), b @ a, alpha / a.shape[0])
 
 
 def _add(weight: torch.Tensor, delta: torch.Tensor, scale: float) -> None:

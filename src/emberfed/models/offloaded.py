@@ -3,7 +3,8 @@
 Each stacked weight is one file of raw numbers, in the folder for temporary files (`TMPDIR` says which; it must be on a
 disk, not in memory). The file has no name: it is gone when the weight is, or the process, however that ends. An
 expert's numbers are read into fresh memory of their own each time they are needed, and never mapped: memory that a
-mapping shows is the system's to count, and would hide what a client really needs.
+mapping shows is the system's to count, and would hide what a client really needs. A client with room for some experts
+can hold those (`OffloadedWeight.holding`), which are then read once.
 
 The bits are those of the weight in memory, so everything computed is the same. Backward passes read again what forward
 has read.
@@ -17,7 +18,8 @@ import os
 import tempfile
 import threading
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from typing import Any, final
 
@@ -36,7 +38,8 @@ class OffloadedWeight(StackedWeight):
         name: What errors call it.
     """
 
-    place: torch.Tensor
+    _held_NRC: torch.Tensor
+    """Experts in memory. It moves with the model, which tells where experts are wanted."""
 
     def __init__(
         self, file: FileIO, shape: torch.Size, dtype: torch.dtype, device: torch.device, name: str = "an expert weight"
@@ -49,8 +52,8 @@ class OffloadedWeight(StackedWeight):
         self._dtype = dtype
         self._lock = threading.Lock()
         self._bytes_read = 0
-        # It holds nothing and moves with the model, which tells where experts are wanted.
-        self.register_buffer("place", torch.empty(0, device=device), persistent=False)
+        self._held: tuple[int, ...] = ()
+        self.register_buffer("_held_NRC", torch.empty(0, *shape[1:], dtype=dtype, device=device), persistent=False)
         weakref.finalize(self, file.close)
 
     @staticmethod
@@ -93,12 +96,12 @@ class OffloadedWeight(StackedWeight):
     @property
     def device(self) -> torch.device:
         """Where experts are handed out."""
-        return self.place.device
+        return self._held_NRC.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes of the device's memory: none."""
-        return self.place.nbytes
+        """Bytes it takes of the device's memory: those of experts that are held, otherwise none."""
+        return self._held_NRC.nbytes
 
     @property
     def disk_bytes(self) -> int:
@@ -118,8 +121,11 @@ class OffloadedWeight(StackedWeight):
 
     def expert(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         """Read one expert's matrix, (rows, columns): a fresh tensor. Raises: StorageError if that fails."""
+        index = range(self._shape[0])[index]  # as a tensor: from the end if negative, or an IndexError
+        if index in self._held:
+            return self._held_NRC[self._held.index(index)].to(dtype, copy=True)
         matrix = torch.empty(self._shape[1:], dtype=self._dtype)
-        offset = range(self._shape[0])[index] * matrix.nbytes  # as a tensor: from the end if negative, or an IndexError
+        offset = index * matrix.nbytes
         room = _bytes_of(matrix)
         try:
             while room:
@@ -135,6 +141,24 @@ class OffloadedWeight(StackedWeight):
         with self._lock:
             self._bytes_read += matrix.nbytes
         return matrix.to(self.device, dtype)
+
+    @contextmanager
+    def holding(self, experts: Sequence[int]) -> Iterator[None]:
+        """Hold these experts in memory inside the context, and no others; each is read once, at its beginning.
+
+        No other thread may read the weight while the context begins or ends.
+
+        Raises: StorageError if that fails; IndexError if there is no such expert.
+        """
+        before = (self._held, self._held_NRC)
+        held_NRC = torch.empty(len(experts), *self._shape[1:], dtype=self._dtype, device=self.device)
+        for place, expert in enumerate(experts):
+            held_NRC[place] = self.expert(expert, self._dtype)
+        self._held, self._held_NRC = tuple(experts), held_NRC
+        try:
+            yield
+        finally:
+            self._held, self._held_NRC = before
 
     def extra_repr(self) -> str:
         """Say what is on disk, for `print(model)`."""

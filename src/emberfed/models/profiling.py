@@ -68,10 +68,15 @@ class Profile:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Return the profile of `to_tensors`. Raises: ModelError if a tensor is missing."""
+        """Return the profile of `to_tensors`. Raises: ModelError if a tensor is missing, or they do not go together."""
         missing = [name for name in (*_SIZES, "counts", "reached") if name not in tensors]
         if missing:
             raise ModelError(f"a profile of {sorted(tensors)} lacks {missing}; make it again with profile()")
+        shapes = [tensors["counts"].shape, tensors["reached"].shape[1:]]
+        shapes += [tensors["attention"].shape] if "attention" in tensors else []
+        if len(set(shapes)) > 1 or len(shapes[0]) != 2:
+            told = ", ".join(str(tuple(shape)) for shape in shapes)
+            raise ModelError(f"the tensors of a profile are not of the same layers and experts: {told}; make it again")
         return cls(
             **{name: int(tensors[name]) for name in _SIZES},
             examples=len(tensors["reached"]),

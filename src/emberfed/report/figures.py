@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from emberfed import metrics
 from emberfed.metrics import Metric
@@ -27,6 +27,7 @@ from emberfed.report.plotting import (
     inline_svg,
     line_legend,
     shorten,
+    spread_apart,
 )
 from emberfed.report.reading import ClientRound, Evaluation, PersonalSummary, RunFolder
 from emberfed.report.views import (
@@ -52,6 +53,9 @@ _MOST_ROWS_NAMED = 60
 _MOST_CATEGORIES = 40
 _MOST_CURVES = 24
 _LEAST_SPAN = 0.08
+_CRUSHED = 4
+"""From this factor between the times at which series end, time is drawn logarithmically."""
+_MOST_TICKS = 5
 
 
 def quality(run: RunFolder, identifier: str) -> Html:
@@ -69,15 +73,20 @@ def quality(run: RunFolder, identifier: str) -> Html:
 
 
 def over_clock(run: RunFolder, identifier: str) -> Html:
-    """The headline metric by tier against seconds on the clients' clock, with the targets."""
-    curves = {tier.series: clock_curve(evaluations_at(run, tier), run.headline) for tier in evaluated_tiers(run)}
-    caption = f"{run.headline.heading} of the global model against seconds on the clients’ clock, by tier."
-    panel = clock_panel(run.headline, curves, run.targets)
+    """The clock's metric by tier against seconds on the clients' clock, with the targets."""
+    metric = run.clock_metric
+    curves = {tier.series: clock_curve(evaluations_at(run, tier), metric) for tier in evaluated_tiers(run)}
+    dashed = DASHED if run.targets else ""
+    caption = f"{metric.heading} of the global model against seconds on the clients’ clock, by tier{dashed}."
+    panel = clock_panel(metric, curves, run.targets)
     return figure(identifier, caption, line_legend(curves), {"Quality over time": panel})
 
 
+DASHED = "; dashed: the targets"
+"""Ends the caption of a figure of clock panels with targets."""
+
 Curve = Sequence[tuple[float, float]]
-"""Seconds on the clients' clock and the headline metric then."""
+"""Seconds on the clients' clock and a metric then."""
 
 
 def clock_curve(lines: Iterable[Evaluation], metric: Metric) -> Curve:
@@ -87,24 +96,63 @@ def clock_curve(lines: Iterable[Evaluation], metric: Metric) -> Curve:
 
 
 def clock_panel(metric: Metric, curves: Mapping[Series, Curve], targets: Sequence[float]) -> Panel:
-    """A line for each series, and a dashed one across for each target."""
+    """A line for each series, and a dashed one across for each target.
+
+    The axis of time is logarithmic where some series is so much faster than another that it would be crushed.
+    """
 
     def draw(axes: Axes) -> None:
         for target in targets:
-            axes.axhline(target, color=RULE, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.axhline(target, color=INK, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 3)))
         for series, points in curves.items():
             x, y = [seconds for seconds, _ in points], [value for _, value in points]
-            axes.plot(x, y, color=series.colour, marker=series.marker, markeredgewidth=0, linewidth=1.4)
-        axes.set_xlabel("seconds on the clients’ clock")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlim(left=0)
-        axes.set_ylabel(metric.heading)
+            # What was evaluated before training stands on the edge, and is not cut in half.
+            axes.plot(x, y, color=series.colour, marker=series.marker, markeredgewidth=0, linewidth=1.4, clip_on=False)
+        _scale_seconds(axes, curves.values())
+        axes.set_ylabel(f"{metric.heading}{f', {metric.unit}' if metric.unit else ''}")
+        _name_targets(axes, targets)
 
     told = "; ".join(
         f"{one.name}: {', '.join(f'{numbers.score(value)} at {numbers.clock(seconds)}' for seconds, value in points)}"
         for one, points in curves.items()
     )
     return Panel(f"{metric.heading} against seconds on the clients' clock. {told}.", draw, height=3.1)
+
+
+def _scale_seconds(axes: Axes, curves: Iterable[Curve]) -> None:
+    """Let the axis of time begin at 0, linear, or logarithmic from the first evaluation after it."""
+    ends = [points[-1][0] for points in curves if points and points[-1][0] > 0]
+    seconds = [at for points in curves for at, _ in points if at > 0]
+    axes.set_xlabel("seconds on the clients’ clock")
+    if ends and max(ends) > _CRUSHED * min(ends):
+        least = min(seconds)
+        # All series share the evaluation at 0: linear up to the first one after it, which keeps it in view.
+        axes.set_xscale("symlog", linthresh=least, linscale=0.4)
+        axes.set_xlabel("seconds on the clients’ clock, logarithmic")
+        axes.set_xticks([0, *_log_ticks(least, max(seconds))])
+        axes.set_xlim(0, 1.25 * max(seconds))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlim(left=0)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def _log_ticks(least: float, most: float) -> list[float]:
+    """Return 1, 3, 10, 30, ... as far as they lie between the two; every second, third, ... if they are many."""
+    powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    ticks = [tick for power in powers for tick in (10.0**power, 3 * 10.0**power) if least <= tick <= most]
+    return ticks[:: math.ceil(len(ticks) / _MOST_TICKS)]
+
+
+def _name_targets(axes: Axes, targets: Sequence[float]) -> None:
+    """Write each target at the right end of its line, apart from the others."""
+    low, high = axes.get_ylim()
+    for target, height in zip(targets, spread_apart(targets, gap=0.05 * (high - low)), strict=True):
+        end, across = (1, height), axes.get_yaxis_transform()
+        axes.annotate(
+            numbers.score(target), end, (4, 0), xycoords=across, textcoords="offset points", va="center", fontsize=8
+        )
 
 
 def _scores(metric: Metric) -> Callable[[Evaluation], float]:

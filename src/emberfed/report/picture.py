@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +16,7 @@ from emberfed import storage
 from emberfed.errors import RunFolderError, StorageError
 from emberfed.metrics import Metric
 from emberfed.report import numbers
-from emberfed.report.plotting import MARKERS, Axes, shorten
+from emberfed.report.plotting import MARKERS, Axes, shorten, spread_apart
 from emberfed.report.reading import Evaluation, read_run
 from emberfed.report.views import TierView, evaluated_tiers, evaluations_at
 
@@ -116,7 +115,7 @@ def _draw_curves(axes: Axes, lines: Lines, metric: Metric) -> None:
         colour, marker = _colour(tier), MARKERS[tier.series.shape]
         axes.plot(x, y, color=colour, marker=marker, linewidth=2.2, markersize=6, clip_on=False)
     last = max(point.round for points in lines.values() for point in points)
-    heights = _spread([points[-1].of(metric) for points in lines.values()], gap=0.055 * axes.get_ylim()[1])
+    heights = spread_apart([points[-1].of(metric) for points in lines.values()], gap=0.055 * axes.get_ylim()[1])
     for (tier, points), height in zip(lines.items(), heights, strict=True):
         if not math.isnan(height):
             across = points[-1].round if len(points) > 1 else last
@@ -133,16 +132,6 @@ def _draw_curves(axes: Axes, lines: Lines, metric: Metric) -> None:
     axes.grid(visible=True, axis="y")
     axes.set_xlabel("round")
     axes.set_title("Round by round", pad=12)
-
-
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Return label heights moved up just enough to stand `gap` apart, in the order given."""
-    placed: dict[int, float] = {}
-    below = -math.inf
-    for place in sorted(range(len(heights)), key=lambda place: (math.isnan(heights[place]), heights[place])):
-        placed[place] = max(heights[place], below + gap) if not math.isnan(heights[place]) else math.nan
-        below = placed[place]
-    return [placed[place] for place in range(len(heights))]
 
 
 def _colour(tier: TierView) -> str:

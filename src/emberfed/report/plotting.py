@@ -6,9 +6,10 @@ Figures are drawn in stand-in colours; `inline_svg` replaces each by a CSS colou
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -101,6 +102,16 @@ def shorten(text: str, length: int = 18) -> str:
     """Return `text` in at most `length` characters, as figures need it."""
     clean = printable(" ".join(text.split()))
     return clean if len(clean) <= length else f"{clean[: length - 1]}…"
+
+
+def spread_apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Return label heights moved up just enough to stand `gap` apart, in the order given."""
+    placed: dict[int, float] = {}
+    below = -math.inf
+    for place in sorted(range(len(heights)), key=lambda place: (math.isnan(heights[place]), heights[place])):
+        placed[place] = max(heights[place], below + gap) if not math.isnan(heights[place]) else math.nan
+        below = placed[place]
+    return [placed[place] for place in range(len(heights))]
 
 
 def line_legend(series: Iterable[Series]) -> tuple[Html, ...]:

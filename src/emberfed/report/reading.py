@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, final
+from typing import Annotated, Any, Literal, TypeVar, final, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -219,6 +219,7 @@ class RunFolder:
 
     Attributes:
         planned_rounds: `training.rounds` of the resolved config, or None if it does not say.
+        aim: `clock.metric` of it.
         targets: `clock.targets` of it, ascending.
         notices: What was missing or damaged, one line each.
     """
@@ -227,6 +228,7 @@ class RunFolder:
     info: RunInfo
     config: str
     planned_rounds: int | None
+    aim: metrics.Aim
     targets: tuple[float, ...]
     evaluations: tuple[Evaluation, ...]
     personal: tuple[Personal, ...]
@@ -241,6 +243,11 @@ class RunFolder:
     def headline(self) -> Metric:
         """The figure that the run is judged by."""
         return metrics.headline(self.info.metric)
+
+    @property
+    def clock_metric(self) -> Metric:
+        """The figure that the targets are values of."""
+        return metrics.aimed_at(self.headline, self.aim)
 
     @property
     def has_clock(self) -> bool:
@@ -273,13 +280,14 @@ def read_run(path: Path) -> RunFolder:
     info = reader.document(RunInfo, "run.json")
     partition = reader.document(Partition, "partition.json")
     events = reader.records(Event, reader.lines("events.jsonl"))
-    planned_rounds, targets = _planned(config, reader)
+    planned = _planned(config, reader)
     return RunFolder(
         path,
         info,
         config,
-        planned_rounds,
-        targets,
+        planned.rounds,
+        planned.aim,
+        planned.targets,
         # A round that was run again after a resume is written again: the later line holds.
         tuple({(line.round, line.tier, line.top_k): line for line in evaluations}.values()),
         tuple({(line.round, line.client): line for line in personal}.values()),
@@ -372,15 +380,29 @@ def _problem(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _planned(config: str, reader: _Reader) -> tuple[int | None, tuple[float, ...]]:
-    """Return `training.rounds`, or None if the configuration does not say, and `clock.targets`."""
+@final
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the configuration says of rounds and of the clock; None and nothing where it does not."""
+
+    rounds: int | None = None
+    aim: metrics.Aim = "headline"
+    targets: tuple[float, ...] = ()
+
+
+def _planned(config: str, reader: _Reader) -> _Plan:
+    """Read `training.rounds`, `clock.metric` and `clock.targets`."""
     try:
         sections = parse_yaml(config, "config.yaml") or {}
         training, clock = sections.get("training"), sections.get("clock")
     except (ConfigError, AttributeError):
         reader.notices.append("config.yaml is not a YAML mapping; it is shown as it is.")
-        return None, ()
+        return _Plan()
     rounds = training.get("rounds") if isinstance(training, dict) else None
-    targets = clock.get("targets") if isinstance(clock, dict) else None
+    timed = clock if isinstance(clock, dict) else {}
+    aim, targets = timed.get("metric", "headline"), timed.get("targets")
+    if aim not in get_args(metrics.Aim):
+        reader.notices.append(f"config.yaml: clock.metric is {aim!r}, which is unknown; its targets are left out.")
+        aim, targets = "headline", None
     known = [value for value in targets if type(value) in (int, float)] if isinstance(targets, list) else []
-    return rounds if isinstance(rounds, int) else None, tuple(sorted(known))
+    return _Plan(rounds if isinstance(rounds, int) else None, aim, tuple(sorted(known)))

@@ -52,15 +52,15 @@ def quality(run: RunFolder) -> Html:
 
 def time_to_accuracy(run: RunFolder) -> Html:
     """When each tier first reached each target, on the clients' clock."""
-    tiers = evaluated_tiers(run)
-    rows = [[numbers.score(target), *(_reached(run, tier, target) for tier in tiers)] for target in run.targets]
-    caption = f"Seconds on the clients’ clock until {run.headline.title} first reached a target"
+    tiers, targets = evaluated_tiers(run), run.clock_metric.easiest_first(run.targets)
+    rows = [[numbers.score(target), *(_reached(run, tier, target) for tier in tiers)] for target in targets]
+    caption = f"Seconds on the clients’ clock until {run.clock_metric.title} first reached a target"
     return table(caption, ["Target", *(tier.label for tier in tiers)], rows)
 
 
 def _reached(run: RunFolder, tier: TierView, target: float) -> str:
     for line in evaluations_at(run, tier):
-        if line.of(run.headline) >= target:
+        if run.clock_metric.reached(line.of(run.clock_metric), target):
             return f"{numbers.clock(line.clock_seconds)} (round {line.round})"
     return "not reached"
 
