@@ -332,7 +332,7 @@ def test_an_example_outside_of_an_experts_share_gives_it_no_gradient_at_all(
     """Every example by itself: an expert has a row in the stacks' sparse gradients if and only if it is in D^e."""
     world = everything_held(tiny_model_folder, tiny_data, "full")
     model, shard, top_k = world.model, world.shard("c0"), world.clients["c0"].budget.top_k
-    profile = federated_experts.profiled(model, Bundle(), 4.0, top_k, shard, 4, attention=False)
+    profile = federated_experts.profiled(model, Bundle(), 4.0, top_k, "native", shard, 4, attention=False)
     assert not profile.reached_NLE.all(), "or there is nothing to see here"
     every = all_rows(model)
     start = expert_tuning.initial(model, every, "full", 1, torch.Generator())

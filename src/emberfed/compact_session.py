@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from emberfed import costs, federated, federated_experts
+from emberfed import costs, federated, federated_experts, traffic
 from emberfed.costs import Work
 from emberfed.data.shard import Batch, Shard
 from emberfed.errors import ClientError
@@ -179,6 +179,7 @@ class CompactClient:
         self._given = given
         self._seeds = seeds
         self._flops = merging
+        self._traffic_bytes = 0
         self._read_bytes = read_bytes
 
     @torch.no_grad()
@@ -198,19 +199,12 @@ class CompactClient:
             float32 (L, E), `UNKNOWN` for all other experts.
         """
         found_LE = torch.full(reached_NLE.shape[1:], UNKNOWN)
-        size = self._trainer.config.batch_size
-        for row, ids in enumerate(experts):
-            for expert in ids:
-                reached_N = reached_NLE[:, row, expert]
-                if not bool(reached_N.any()):
-                    continue
-                order = self._seeds.torch(f"exploration of expert {expert} of row {row}")
-                order_N = torch.randperm(len(reached_N), generator=order)
-                batches = [order_N[start : start + size] for start in range(0, len(order_N), size)]
-                chosen = [batch_n for batch_n in batches if bool(reached_N[batch_n].any())][: how.batches]
-                explored = self._explored(row, expert)
-                squares = [self._squared_norm(explored, shard, batch_n.tolist(), how, order) for batch_n in chosen]
-                found_LE[row, expert] = math.sqrt(math.fsum(squares) / len(squares))
+        with traffic.counting_reads(self._model) as reads:
+            for row, ids in enumerate(experts):
+                for expert in ids:
+                    if bool(reached_NLE[:, row, expert].any()):
+                        found_LE[row, expert] = self._gradient_rms(row, expert, shard, reached_NLE[:, row, expert], how)
+            self._traffic_bytes += reads.frozen_bytes({}, recomputed=False)
         return found_LE
 
     def train(self, shard: Shard, reached_NLE: Tensor) -> tuple[Bundle, Tensor]:
@@ -236,11 +230,25 @@ class CompactClient:
         norms = _GradientNorms(self._tuned.rows, {block.layer: r for r, block in enumerate(self._model.blocks)})
         client, round = self._download.client, self._download.round
         stats = self._trainer.train(self._model, self._tuned, seen, client, round, self._seeds, norms, self._compact)
-        stats = replace(stats, flops=stats.flops + self._flops, disk_bytes=stats.disk_bytes + self._read_bytes)
+        stats = replace(
+            stats,
+            flops=stats.flops + self._flops,
+            memory_traffic_bytes=stats.memory_traffic_bytes + self._traffic_bytes,
+            disk_bytes=stats.disk_bytes + self._read_bytes,
+        )
         given = {"top_k": meta["top_k"], "exploited": meta["exploited"]}
         return federated.upload(self._tuned.tensors(), stats, seen, given), norms.root_mean_squares(
             reached_NLE.shape[1:]
         )
+
+    def _gradient_rms(self, row: int, expert: int, shard: Shard, reached_N: Tensor, how: Exploration) -> float:
+        size, order = self._trainer.config.batch_size, self._seeds.torch(f"exploration of expert {expert} of row {row}")
+        order_N = torch.randperm(len(reached_N), generator=order)
+        batches = [order_N[start : start + size] for start in range(0, len(order_N), size)]
+        chosen = [batch_n for batch_n in batches if bool(reached_N[batch_n].any())][: how.batches]
+        explored = self._explored(row, expert)
+        squares = [self._squared_norm(explored, shard, batch_n.tolist(), how, order) for batch_n in chosen]
+        return math.sqrt(math.fsum(squares) / len(squares))
 
     def _explored(self, row: int, expert: int) -> ExploredExpert:
         block = self._model.blocks[row]

@@ -184,7 +184,14 @@ def batches(shard: Shard, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def profiled(
-    model: FoundationModel, content: Bundle, alpha: float, top_k: int, shard: Shard, size: int, attention: bool
+    model: FoundationModel,
+    content: Bundle,
+    alpha: float,
+    top_k: int,
+    gate: GateOption,
+    shard: Shard,
+    size: int,
+    attention: bool,
 ) -> Profile:
     """Return how a shard uses the experts of a model with these tuned experts: a download's, or a memory's of one.
 
@@ -193,11 +200,12 @@ def profiled(
         content: The tuned experts; all of them as in the base if it is empty.
         alpha: Of the LoRA.
         top_k: Experts active per token.
+        gate: What is done with their weights.
         shard: The examples.
         size: Examples of one forward pass.
         attention: Whether to measure the attention that tokens receive.
     """
-    with model.active_experts(top_k), _as_held(model, content, alpha):
+    with model.active_experts(top_k, gate), _as_held(model, content, alpha):
         return profile(model, batches(shard, size), attention)
 
 

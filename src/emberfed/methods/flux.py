@@ -323,7 +323,7 @@ class Flux(Method):
         copy, size = self._profiler(model), self.trainer.config.batch_size
         attention = self.config.merge_weights == "attention_frequency"
         top_k, alpha = client.budget.top_k, self.adapter.alpha
-        return federated_experts.profiled(copy, content, alpha, top_k, shard, size, attention)
+        return federated_experts.profiled(copy, content, alpha, top_k, self.config.gate, shard, size, attention)
 
     def _cost(self, model: FoundationModel, profile: Profile, content: Bundle) -> dict[str, Json]:
         """Return the counted work of a profile."""

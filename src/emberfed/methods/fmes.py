@@ -92,7 +92,8 @@ class Fmes(Method):
         bits, size = self.config.profile_bits, self.trainer.config.batch_size
         copy = model if bits is None else self._copies.of(model, bits)
         top_k, alpha = client.budget.top_k, self.adapter.alpha
-        profile = federated_experts.profiled(copy, Bundle(), alpha, top_k, shard, size, attention=False)
+        gate: GateOption = self.config.gate
+        profile = federated_experts.profiled(copy, Bundle(), alpha, top_k, gate, shard, size, attention=False)
         cost = compact_session.profile_work(model, profile, {}, -(-profile.examples // size), copy)
         return FitResult(Bundle({USE: profile.counts_LE}), Bundle(profile.to_tensors(), {"cost": cost}))
 
