@@ -173,7 +173,10 @@ def test_elapsed_is_of_the_newest_line() -> None:
         ({"metric": "accuracy"}, "clock.metric.*'headline' or 'loss'"),
         ({"targets": [0.5, 0.5]}, "targets must differ"),
         ({"deadline": 3}, "unknown key 'clock.deadline'; did you mean 'deadline_seconds'"),
-        ({"server": {"memory_bytes_per_second": -1}}, "clock.server.memory_bytes_per_second.*greater than 0"),
+        (
+            {"server": {"memory_bytes_per_second": -1}},
+            "clock.server.memory_bytes_per_second.*greater than or equal to 1",
+        ),
     ],
 )
 def test_bad_settings_are_told_by_their_key(section: dict[str, Any], words: str) -> None:

@@ -80,7 +80,7 @@ def test_a_tier_names_a_device_or_describes_one() -> None:
     [
         ("fone", r"clients.tiers.0.device.*'fone'.*did you mean 'phone'.*'rtx4090'"),
         ({**OWN, "flops": 1}, r"unknown key 'clients.tiers.0.device.flops'"),
-        ({**OWN, "flops_per_second": 0}, r"clients.tiers.0.device.flops_per_second.*greater than 0"),
+        ({**OWN, "flops_per_second": 0}, r"clients.tiers.0.device.flops_per_second.*greater than or equal to 1"),
         ({**OWN, "memory_bytes": 1.5}, r"clients.tiers.0.device.memory_bytes.*integer"),
         ({key: OWN[key] for key in OWN if key != "disk_bytes_per_second"}, r"device.disk_bytes_per_second' is missing"),
         (7, r"clients.tiers.0.device.*expected a section with keys, found 7"),

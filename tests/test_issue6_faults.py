@@ -14,6 +14,7 @@ from federations import config
 
 from emberfed.admission import Asked, payload_problem, problem_of
 from emberfed.config import parse
+from emberfed.data.shard import Shard
 from emberfed.errors import ConfigError, ModelError, RunFolderError
 from emberfed.evaluation import Score, Scores
 from emberfed.models.foundation_model import FoundationModel
@@ -52,7 +53,7 @@ def check_refused(words: str, **sections: Any) -> None:
 
 @pytest.mark.parametrize("rate", [key for key in DEVICE if key.endswith("per_second")])
 def test_seconds_on_the_clock_stay_finite(rate: str) -> None:
-    # 1e6 bytes at 1e-320 bytes per second would be an infinity of seconds, which no table of a run can hold.
+    # A byte at 1e-320 bytes per second would be an infinity of seconds, which no table of a run can hold.
     device = {**DEVICE, rate: 1e-320}
     check_refused(f"device.{rate}': input should be greater than or equal to 1", clients=tiers(device, device))
 
@@ -65,18 +66,6 @@ def test_a_server_has_a_rate_that_seconds_can_be_made_of() -> None:
 def test_a_device_s_memory_has_a_size_that_can_be_shown() -> None:
     device = {**DEVICE, "memory_bytes": 10**400}
     check_refused("device.memory_bytes'", clients=tiers(device, device))
-
-
-def test_two_devices_of_one_name_have_the_same_rates() -> None:
-    other = {**DEVICE, "flops_per_second": 1.0}
-    check_refused("device 'mine' of tier 'b' has other rates", clients=tiers(DEVICE, other))
-    checked = parse(config(Path("m"), Path("d"), method={"name": "flux"}, clients=tiers(DEVICE, dict(DEVICE))))
-    assert [tier.device and tier.device.name for tier in checked.clients.tiers] == ["mine", "mine"]
-
-
-@pytest.mark.parametrize("clock", [{"metric": "loss"}, {"server": {"memory_bytes_per_second": 2.0}}])
-def test_no_setting_of_a_clock_that_does_not_run_is_passed_over(clock: dict[str, Any]) -> None:
-    check_refused(f"'clock.{next(iter(clock))}' needs to know how fast clients are", clock=clock)
 
 
 def test_true_is_no_target() -> None:
@@ -157,11 +146,12 @@ def world(tiny_model_folder: Path, tiny_data: Path) -> CompactWorld:
     return made
 
 
+def unasked(client: str, model: FoundationModel) -> Scores[Score]:
+    raise AssertionError("nobody asks for scores")
+
+
 def answered(world: CompactWorld, folder: Path, memory: Bundle) -> Reply | ClientFailed:
     """What c0 says in round 2 with this memory."""
-
-    def unasked(client: str, model: FoundationModel) -> Scores[Score]:
-        raise AssertionError("nobody asks for scores")
 
     kept = MemoryFolder(folder)
     kept.write("c0", 1, memory)
@@ -215,14 +205,10 @@ def test_tensors_of_a_profile_go_together(world: CompactWorld) -> None:
 
 
 def test_a_client_s_failure_is_one_short_line(world: CompactWorld, tmp_path: Path) -> None:
-    class Raises(MemoryFolder):
-        def read(self, client: str, before_round: int) -> Bundle:
-            raise RuntimeError("first\n  second: " + "x" * 5000)
+    def unread(client: str) -> Shard:
+        raise RuntimeError("first\n  second: " + "x" * 5000)
 
-    def unasked(client: str, model: FoundationModel) -> Scores[Score]:
-        raise AssertionError("nobody asks for scores")
-
-    worker = Worker(world.method, world.model, world.clients, world.shard, Raises(tmp_path), Seeds(0), unasked)
+    worker = Worker(world.method, world.model, world.clients, unread, MemoryFolder(tmp_path), Seeds(0), unasked)
     reply = worker.answer(Survey(1, "c0", b""))
     assert isinstance(reply, ClientFailed)
     assert "first second: xxx" in reply.reason

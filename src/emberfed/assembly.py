@@ -265,7 +265,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Json]:
         if section not in ("seed", "engine", "output", "evaluation")
         for key, value in values.items()
     }
-    free = ("training.rounds", "clients.min_replies", "model.threads", "model.device", "model.expert_storage", *PLACES)
+    free = ("training.rounds", "clients.min_replies", "model.threads", "model.device", *PLACES)
     return {"seed": config.seed, **{key: value for key, value in flat.items() if key not in free}}
 
 

@@ -99,13 +99,6 @@ class ClientsConfig(Section):
             raise ValueError(
                 f"either all tiers have a device, or none; {one_of(sorted(set(names) - set(timed)))} have none"
             )
-        devices = {tier.device.name: tier.device for tier in self.tiers if tier.device is not None}
-        for tier in self.tiers:
-            if tier.device is not None and tier.device != devices[tier.device.name]:
-                raise ValueError(
-                    f"device {tier.device.name!r} of tier {tier.name!r} has other rates than the one of that name on "
-                    f"another tier; give it a name of its own"
-                )
         if self.per_round is not None and self.fraction != 1.0:
             raise ValueError("give fraction or per_round, not both")
         if self.asked > self.count:

@@ -197,7 +197,10 @@ class CompactClient:
 
         Returns:
             float32 (L, E), `UNKNOWN` for all other experts.
+
+        Raises: ClientError if `reached_NLE` is of other examples.
         """
+        self._check_same_examples(shard, reached_NLE)
         found_LE = torch.full(reached_NLE.shape[1:], UNKNOWN)
         with traffic.counting_reads(self._model) as reads:
             for row, ids in enumerate(experts):
@@ -217,11 +220,9 @@ class CompactClient:
         Raises: ClientError if `reached_NLE` is of other examples, or the loss is not finite.
         """
         meta = self._download.content.meta
-        if len(reached_NLE) != len(shard.examples):
-            raise ClientError(
-                f"{self._download.client}: its profile is of {len(reached_NLE)} examples, and it has "
-                f"{len(shard.examples)}; remove the client's memory, and it begins anew"
-            )
+        self._check_same_examples(shard, reached_NLE)
+        if not self._tuned.parameters:
+            raise ClientError(f"{self._download.client} has no expert to train: it told that its data reach none")
         reached_N = torch.zeros(len(reached_NLE), dtype=torch.bool)
         for row, ids in enumerate(meta["exploited"]):
             reached_N |= reached_NLE[:, row, list(ids)].any(dim=1)
@@ -249,6 +250,13 @@ class CompactClient:
         explored = self._explored(row, expert)
         squares = [self._squared_norm(explored, shard, batch_n.tolist(), how, order) for batch_n in chosen]
         return math.sqrt(math.fsum(squares) / len(squares))
+
+    def _check_same_examples(self, shard: Shard, reached_NLE: Tensor) -> None:
+        if len(reached_NLE) != len(shard.examples):
+            raise ClientError(
+                f"{self._download.client}: its profile is of {len(reached_NLE)} examples, and it has "
+                f"{len(shard.examples)}; remove the client's memory, and it begins anew"
+            )
 
     def _explored(self, row: int, expert: int) -> ExploredExpert:
         block = self._model.blocks[row]

@@ -176,8 +176,7 @@ def _check_evaluated(evaluation: EvaluationConfig, clients: ClientsConfig) -> No
 
 def _check_clock(clock: ClockConfig, clients: ClientsConfig) -> None:
     """Check that there is a clock where something depends on it. Raises: ConfigError."""
-    defaults = ClockConfig()
-    wanted = [key for key in ClockConfig.model_fields if getattr(clock, key) != getattr(defaults, key)]
+    wanted = [key for key in ("deadline_seconds", "targets") if getattr(clock, key)]
     bare = [tier.name for tier in clients.tiers if tier.device is None]
     if wanted and bare:
         raise ConfigError(

@@ -125,7 +125,8 @@ def assign(
     """Give every client its experts: by utility, and for coverage, and the rest at random.
 
     A client exploits `exploited_slots` of its budget. Without coverage those are its own highest utilities; with it, of
-    all ways to have each expert exploited by `coverage` clients, one of the greatest sum of utilities (`covered`).
+    all ways to have each expert exploited by `coverage` clients, one of the greatest sum of utilities (`covered`), each
+    client's relative to its own greatest.
     The rest of the budget is drawn at random among its other experts, without replacement. All budgets are filled,
     unless a client has fewer experts that it can tune: then it exploits and explores those it has.
 
@@ -157,7 +158,9 @@ def assign(
             )
         slots_C.append(min(exploited_slots(budgets[client], share), int(tunable_N.sum())))
     if coverage:
-        exploited_CN = covered(utilities_CN, tunable_CN, np.array(slots_C), coverage)
+        # Relative to the client's own greatest: nobody's scale, honest or not, may make the others' differences vanish.
+        relative_CN = utilities_CN / np.where(utilities_CN.max(1) > 0, utilities_CN.max(1), 1)[:, None]
+        exploited_CN = covered(relative_CN, tunable_CN, np.array(slots_C), coverage)
     else:
         exploited_CN = np.stack([_best(*row) for row in zip(utilities_CN, tunable_CN, slots_C, strict=True)])
     roles = {}

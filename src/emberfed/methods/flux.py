@@ -49,6 +49,7 @@ from emberfed.clients import Budget, Client
 from emberfed.compact_session import UNKNOWN, Exploration
 from emberfed.costs import Work
 from emberfed.data.shard import Shard
+from emberfed.errors import ClientError
 from emberfed.expert_roles import Roles
 from emberfed.federated_experts import ExpertTuningConfig, ProfileConfig
 from emberfed.federated_lora import GateOption
@@ -231,6 +232,11 @@ class Flux(Method):
         """Profile the model of the last round, as the client remembers it."""
         if self._settled(memory) is not None:
             return memory
+        if "tune" not in memory.meta or PRODUCTS not in memory.tensors:
+            raise ClientError(
+                f"what {client.id} keeps of its last round is damaged; put its memory back, or remove it, and it "
+                f"begins anew"
+            )
         profile = self._profile(model, memory, client, shard)
         return Bundle({**profile.to_tensors(), PRODUCTS: memory.tensors[PRODUCTS]})
 
