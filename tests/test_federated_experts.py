@@ -278,26 +278,22 @@ def dense_gradients(world: CompactWorld, id_: str, rows: list[int] | None = None
 def test_figures_of_gradients_are_those_of_dense_autograd(tune: str, tiny_model_folder: Path, tiny_data: Path) -> None:
     """Of exploited experts, to rounding: the norm of the one step's gradient.
 
-    Of explored ones it is that of a batch of the examples that reach the expert, within the noise of the estimate: the
-    mean of 100 squares of normal numbers has a relative standard deviation of sqrt(2 / 100) = 0.14, its root of 0.07;
-    4 of those are 0.28.
+    Of explored ones it is that of the same batch of all examples, within the noise of the estimate: the mean of 100
+    squares of normal numbers has a relative standard deviation of sqrt(2 / 100) = 0.14, its root of 0.07; 4 of those
+    are 0.28.
     """
     world = everything_held(tiny_model_folder, tiny_data, tune, exploration_draws=100, exploration_step=1e-3)
     meta = world.download("c0", 1).content.meta
     upload = world.fit("c0", 1)
     assert upload.content.meta["examples"] == len(world.shard("c0").examples), "every example reaches some expert"
     found_LE, truth_LE = upload.content.tensors["gradient_rms"], dense_gradients(world, "c0")
-    reached_NLE = world.memories["c0"].tensors["reached"]
     exploited, explored = places(meta["exploited"]), places(meta["explored"])
     assert (len(exploited), len(explored)) == (3, 3)
     for place in exploited:
         assert float(found_LE[place]) == pytest.approx(float(truth_LE[place]), rel=1e-3)
         assert float(truth_LE[place]) > 1e-4
-    for row, expert in explored:
-        theirs = reached_NLE[:, row, expert].nonzero()[:, 0].tolist()
-        assert float(found_LE[row, expert]) == pytest.approx(
-            float(dense_gradients(world, "c0", theirs)[row, expert]), rel=0.28
-        )
+    for place in explored:
+        assert float(found_LE[place]) == pytest.approx(float(truth_LE[place]), rel=0.28)
     others = {(row, expert) for row in range(2) for expert in range(8)} - exploited - explored
     assert all(float(found_LE[place]) == -1 for place in others)
 
