@@ -27,7 +27,7 @@ from emberfed.admission import Asked, payload_problem, survey_problem
 from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig, parse
 from emberfed.engine import engine_names
-from emberfed.errors import ConfigError
+from emberfed.errors import ConfigError, ModelError
 from emberfed.federated_experts import ExpertTuningConfig
 from emberfed.method import Method, load_method, method_names
 from emberfed.methods.dense_adapter import DenseAdapterConfig
@@ -148,6 +148,9 @@ KINDS: Mapping[type[Section], Kind] = {
     ExpertTuningConfig: Kind(".lora_B", tuned_attached, opened_by_peft),
 }
 
+IN_GROUPS = ("deepseek_v3",)
+"""Families whose tiny model's routers choose among some groups of experts only."""
+
 EXPERTS = {"model": "experts", "adapter": "adapter.experts"}
 """Where the tensors of the experts that a method counts are, by `Method.experts`."""
 
@@ -160,6 +163,8 @@ def refusal(family: str, method: str) -> str | None:
         return rf"{family} models are dense"
     if method == "linear_probe" and load_family(family).head is None:
         return rf"trains a classifier's head, and {family} models have none"
+    if method == "fmes" and family in IN_GROUPS:
+        return r"choose groups of experts first"
     return None
 
 
@@ -275,13 +280,34 @@ def checked_config(family: str, folders: Made, data_of: Made, method: dict[str, 
     return parse(values)
 
 
+def begin(checked: RunConfig) -> None:
+    material = assembly.gather(checked)
+    method = checked.method_type(checked.method, checked.adapter, Trainer(checked.training))
+    method.init(material.model, material.budgets, Seeds(0))
+
+
 @pytest.mark.parametrize("name", [name for name in method_names() if refusal("llama", name)])
 def test_methods_refuse_models_they_cannot_train(name: str, folders: Made, data_of: Made) -> None:
     checked = checked_config("llama", folders, data_of, {"name": name})
-    material = assembly.gather(checked)
-    method = checked.method_type(checked.method, checked.adapter, Trainer(checked.training))
-    with pytest.raises(ConfigError, match=refusal("llama", name)):
-        method.init(material.model, material.budgets, Seeds(0))
+    with pytest.raises((ConfigError, ModelError), match=refusal("llama", name)):
+        begin(checked)
+
+
+@pytest.mark.parametrize("family", IN_GROUPS)
+def test_fmes_skips_where_routers_cannot_choose_again(family: str, folders: Made, data_of: Made) -> None:
+    for dropped in ("reroute", "skip"):
+        checked = checked_config(family, folders, data_of, {"name": "fmes", "dropped": dropped})
+        material = assembly.gather(checked)
+        method = checked.method_type(checked.method, checked.adapter, Trainer(checked.training))
+        if dropped == "reroute":
+            with pytest.raises(ConfigError, match=r"choose groups of experts first.*method.dropped=skip"):
+                method.init(material.model, material.budgets, Seeds(0))
+            continue
+        state = method.init(material.model, material.budgets, Seeds(0))
+        client = material.clients[0]
+        download = method.dispatch(state, client, 1)
+        shard = material.shards[client.id]
+        assert method.fit(material.model, download, client, shard, Bundle(), Seeds(0)).upload.tensors
 
 
 @pytest.mark.parametrize("name", method_names())

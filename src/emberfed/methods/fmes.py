@@ -69,6 +69,11 @@ class Fmes(Method):
     def init(self, model: FoundationModel, budgets: Sequence[Budget], seeds: Seeds) -> Bundle:
         """Start from the experts of the base; of clients nothing is known yet."""
         federated_experts.check_budgets(model, budgets, self.title, merges=False)
+        if self.config.dropped == "reroute" and model.largest_top_k < model.num_experts:
+            raise ConfigError(
+                f"routers of this {model.family.model_type} model choose groups of experts first, so they cannot "
+                f"choose again without those a client drops; set method.dropped=skip"
+            )
         for budget in budgets if self.config.dropped == "reroute" else ():
             held = budget.held_experts or 0
             if held < model.num_layers * budget.top_k:
