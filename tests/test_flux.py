@@ -453,3 +453,14 @@ def test_options_of_clusters_without_effect_are_refused(key: str) -> None:
     other = {"layer_budget": "one", "dimensions": 2}[key]
     with pytest.raises(ValueError, match=rf"{key} has no effect with merging 'least_error'; leave it out"):
         FluxConfig.model_validate({"merging": "least_error", key: other})
+
+
+def test_a_repeated_survey_costs_the_same(tiny_model_folder: Path, tiny_data: Path) -> None:
+    """After a resume a client's profile is there already; what it told the clock must not depend on that."""
+    world = CompactWorld(tiny_model_folder, tiny_data, method={"name": "flux"}, model={"expert_storage": "disk"})
+    client, shard = world.clients["c0"], world.shard("c0")
+    first = world.method.survey(world.model, client, shard, Bundle(), Seeds(0))
+    again = CompactWorld(tiny_model_folder, tiny_data, method={"name": "flux"}, model={"expert_storage": "disk"})
+    repeated = again.method.survey(again.model, client, shard, first.memory, Seeds(0))
+    assert first.memory.meta["cost"]["disk_bytes"] > 0
+    assert repeated.memory.meta == first.memory.meta

@@ -167,9 +167,10 @@ class Flux(Method):
         profile = self._settled(memory) or self._profile(model, Bundle(), client, shard)
         read_before = disk_bytes_read(model.lm)
         products_LEE = self._products(model, client)
+        read_bytes = disk_bytes_read(model.lm) - read_before  # before a copy may be made, which no client pays for
         cost = self._cost(model, profile, Bundle())
         cost["flops"] += compact_session.comparing_flops(model)
-        cost["disk_bytes"] = disk_bytes_read(model.lm) - read_before
+        cost["disk_bytes"] = read_bytes
         kept = {**profile.to_tensors(), PRODUCTS: products_LEE}
         return FitResult(Bundle({REACH: profile.examples_LE}), Bundle(kept, {"cost": cost}))
 
