@@ -23,12 +23,13 @@ from emberfed.admission import Asked, payload_problem
 from emberfed.checkpoint import RunFolder
 from emberfed.clients import Budget, Client
 from emberfed.config import parse
-from emberfed.errors import ModelError
+from emberfed.errors import ClientError, ConfigError, ModelError
 from emberfed.federated_experts import ExpertTuningConfig
 from emberfed.methods.flux import Flux, FluxConfig
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.profiling import Profile, profile
 from emberfed.records import Bundle, Payload
+from emberfed.sections import validate
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, TrainingConfig
 from emberfed.worker import MemoryFolder
@@ -464,3 +465,14 @@ def test_a_repeated_survey_costs_the_same(tiny_model_folder: Path, tiny_data: Pa
     repeated = again.method.survey(again.model, client, shard, first.memory, Seeds(0))
     assert first.memory.meta["cost"]["disk_bytes"] > 0
     assert repeated.memory.meta == first.memory.meta
+
+
+def test_what_least_error_does_not_look_at_cannot_be_set() -> None:
+    with pytest.raises(ConfigError, match="layer_budget has no effect with merging 'least_error'"):
+        validate(FluxConfig, {"merging": "least_error", "layer_budget": "uniform"}, "method")
+
+
+def test_a_memory_without_its_model_is_told(tiny_model_folder: Path, tiny_data: Path) -> None:
+    world = CompactWorld(tiny_model_folder, tiny_data, method={"name": "flux"})
+    with pytest.raises(ClientError, match="what c0 keeps of its last round is damaged"):
+        world.method.idle(world.model, world.clients["c0"], world.shard("c0"), Bundle({"foreign": torch.zeros(1)}))

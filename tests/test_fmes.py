@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from emberfed import federated_lora
 from emberfed.clients import Client
+from emberfed.errors import ConfigError
 from emberfed.methods.fmes import most_used, most_used_of
 from emberfed.models.low_bits import low_bit_copy
 from emberfed.models.offloaded import OffloadedWeight, disk_bytes_read
@@ -238,3 +239,13 @@ def test_clients_train_on_experts_in_few_bits_and_the_global_model_is_the_base(
         plain = copy.lm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     assert not torch.equal(world.personal("c0", 2), plain), "its LoRA is on it"
     assert not torch.equal(world.personal("c0", 2), whole.personal("c0", 2))
+
+
+def test_routers_need_k_experts_to_choose_from(tiny_model_folder: Path, tiny_data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds 2 experts, but routers .* need top_k 2 in each of 2 layers"):
+        CompactWorld(
+            tiny_model_folder,
+            tiny_data,
+            method={"name": "fmes"},
+            clients=one_tier(tuned_experts=1, held_experts=2, top_k=2),
+        )
