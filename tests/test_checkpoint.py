@@ -188,6 +188,19 @@ except RunFolderError as error:
     assert attempt() == "in\n"
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_metrics_that_cannot_be_read_are_named(folder: RunFolder, damage: str) -> None:
+    commit(folder, 0, 1)
+    assert [line["round"] for line in folder.metrics()] == [0, 1]
+    file = folder.path / "metrics.jsonl"
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl cannot be read"):
+        folder.metrics()
+
+
 def test_small_files(folder: RunFolder) -> None:
     assert folder.read_json("run.json") == {"name": "run"}
     with pytest.raises(RunFolderError, match="cannot be read"):
