@@ -29,6 +29,7 @@ from emberfed.config import RunConfig, parse
 from emberfed.engine import engine_names
 from emberfed.errors import ConfigError, ModelError
 from emberfed.federated_experts import ExpertTuningConfig
+from emberfed.material import Material
 from emberfed.method import Method, load_method, method_names
 from emberfed.methods.dense_adapter import DenseAdapterConfig
 from emberfed.methods.linear_probe import HeadConfig
@@ -186,7 +187,7 @@ class Setting:
 
     method: Method
     kind: Kind
-    material: assembly.Material
+    material: Material
     state: Bundle
     folder: Path
     fits: dict[int, FitResult] = field(default_factory=dict)
@@ -257,7 +258,7 @@ def setting(request: pytest.FixtureRequest, folders: Made, data_of: Made) -> Set
     return Setting(method, KINDS[method.AdapterConfig], material, state, folders(family))
 
 
-def assigned(method: Method, material: assembly.Material, state: Bundle) -> Bundle:
+def assigned(method: Method, material: Material, state: Bundle) -> Bundle:
     """The state at the beginning of a first round, once those clients are surveyed that the method wants to hear of."""
     surveys = []
     for client in method.unsurveyed(state, material.clients):

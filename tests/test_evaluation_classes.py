@@ -19,13 +19,14 @@ from emberfed.config import parse
 from emberfed.data.shard import Shard
 from emberfed.evaluation import EvaluationConfig
 from emberfed.evaluation.classes import Choice, ClassScore, evaluate, summarise
+from emberfed.material import Material
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.head import initial_head
 from emberfed.models.sparse_adapter import attached
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> assembly.Material:
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     """A tiny ViT with ten held-out images of five classes."""
     vision = Vision.made(tmp_path_factory.mktemp("vision"))
     return assembly.gather(parse(vision.config(data={"test_size": 10})))
@@ -72,9 +73,7 @@ def test_the_whole_is_the_weighted_mean_of_its_classes(rows: list[tuple[int, int
     ("biases", "chosen"),
     [([0, 0, 0, 0, 0], 0), ([1, 2, 2, 0, 2], 1), ([-1, -1, -1, -3, -1], 0), ([0, 0, 0, 0, 1e-3], 4)],
 )
-def test_of_equal_logits_the_first_class_is_chosen(
-    material: assembly.Material, biases: list[float], chosen: int
-) -> None:
+def test_of_equal_logits_the_first_class_is_chosen(material: Material, biases: list[float], chosen: int) -> None:
     """Each example's loss is the log-sum-exp of the logits less that of its class."""
     for choice in with_biases(material.model, material.test, biases):
         assert choice.chosen == chosen
@@ -82,7 +81,7 @@ def test_of_equal_logits_the_first_class_is_chosen(
         assert choice.loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_that_knows_nothing_has_the_loss_of_guessing(material: assembly.Material) -> None:
+def test_a_model_that_knows_nothing_has_the_loss_of_guessing(material: Material) -> None:
     labels = [example.label for example in material.test.examples]
     choices = with_biases(material.model, material.test, [0.0] * 5)
     scores = summarise(choices, CLASSES).overall
@@ -90,7 +89,7 @@ def test_a_model_that_knows_nothing_has_the_loss_of_guessing(material: assembly.
     assert scores.accuracy == labels.count(0) / 10
 
 
-def test_classes_have_the_names_and_numbers_of_the_data(material: assembly.Material) -> None:
+def test_classes_have_the_names_and_numbers_of_the_data(material: Material) -> None:
     scores, choices = evaluate(material.model, material.test, EvaluationConfig())
     assert [choice.label for choice in choices] == [example.label for example in material.test.examples]
     held_out = material.corpus.test["category"]
@@ -114,12 +113,12 @@ def slow(model: FoundationModel, shard: Shard) -> list[Choice]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 64])
-def test_images_in_any_batches_are_those_one_at_a_time(material: assembly.Material, batch_size: int) -> None:
+def test_images_in_any_batches_are_those_one_at_a_time(material: Material, batch_size: int) -> None:
     check_batches(material, batch_size)
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> assembly.Material:
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Material:
     """A tiny BERT with ten held-out texts of different lengths."""
     folder: Path = tmp_path_factory.mktemp("texts")
     model, data = save_tiny_family("bert", folder / "bert"), write_texts(folder / "data.jsonl")
@@ -127,12 +126,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> assembly.Material:
 
 
 @pytest.mark.parametrize("batch_size", [3, 10])
-def test_padded_texts_in_any_batches_are_those_one_at_a_time(texts: assembly.Material, batch_size: int) -> None:
+def test_padded_texts_in_any_batches_are_those_one_at_a_time(texts: Material, batch_size: int) -> None:
     assert len({len(example.input_ids) for example in texts.test.examples}) > 1
     check_batches(texts, batch_size)
 
 
-def check_batches(material: assembly.Material, batch_size: int) -> None:
+def check_batches(material: Material, batch_size: int) -> None:
     expected = slow(material.model, material.test)
     heard: list[tuple[int, int]] = []
     options = EvaluationConfig(batch_size=batch_size)
@@ -143,14 +142,14 @@ def check_batches(material: assembly.Material, batch_size: int) -> None:
     assert heard == [(min(done, 10), 10) for done in range(batch_size, 10 + batch_size, batch_size)]
 
 
-def test_a_cap_takes_the_first_examples(material: assembly.Material) -> None:
+def test_a_cap_takes_the_first_examples(material: Material) -> None:
     whole = evaluate(material.model, material.test, EvaluationConfig())[1]
     scores, choices = evaluate(material.model, material.test, EvaluationConfig(max_examples=4))
     assert [choice.label for choice in choices] == [choice.label for choice in whole[:4]]
     assert scores.overall.examples == 4
 
 
-def test_a_loss_that_is_not_finite_is_null(material: assembly.Material) -> None:
+def test_a_loss_that_is_not_finite_is_null(material: Material) -> None:
     choices = with_biases(material.model, material.test, [math.inf, 0, 0, 0, 0])
     values = summarise(choices, CLASSES).json()
     assert values["loss"] is None

@@ -19,11 +19,11 @@ from builders import SPARSE_VARIANTS, save_tiny_family, save_tiny_model, tiny_lm
 from transformers import BloomConfig, BloomForCausalLM
 
 from emberfed import config as configuration
-from emberfed.assembly import fixed_settings
 from emberfed.errors import ConfigError, ModelError
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import load, load_tokenizer
 from emberfed.models.quantised import Bits, QuantisedWeight, quantise_experts
+from emberfed.provenance import fixed_settings
 
 
 @pytest.fixture

@@ -35,7 +35,6 @@ from torch import nn
 
 import emberfed
 from emberfed import config as configuration
-from emberfed.assembly import fixed_settings
 from emberfed.errors import ConfigError, ModelError, StorageError
 from emberfed.models import lora, merging, peft_layout
 from emberfed.models.config import ModelConfig
@@ -46,6 +45,7 @@ from emberfed.models.loading import load_model
 from emberfed.models.offloaded import OffloadedWeight, disk_bytes_read, offload_experts
 from emberfed.models.quantised import quantise_experts
 from emberfed.models.stacked import EXPERT_WEIGHTS
+from emberfed.provenance import fixed_settings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

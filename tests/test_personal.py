@@ -65,7 +65,7 @@ def test_kept_examples_are_trained_on_by_nobody(vision: Vision) -> None:
     """All images differ, so each must be in exactly one place: a client's training, a client's own test, the test."""
     material = assembly.gather(parse(values(vision)))
     everything: list[bytes] = []
-    for id_, rows in material.partition.rows.items():
+    for id_, rows in material.members.record()["rows"].items():
         trained, kept = material.shards[id_], material.held_out[id_]
         assert len(kept.examples) == max(1, round(0.3 * len(rows)))
         assert len(trained.examples) + len(kept.examples) == len(rows)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
-from emberfed import assembly, clients, config, events, federated_experts, rounds, storage
+from emberfed import assembly, clients, config, events, federated_experts, provenance, rounds, storage
 from emberfed.checkpoint import RunFolder, check_free
 from emberfed.config import RunConfig
 from emberfed.errors import ConfigError, RunFolderError
+from emberfed.material import Material
 from emberfed.models import merging, peft_layout, sparse_adapter_files
 from emberfed.models.loading import cpu_threads
 from emberfed.models.sparse_adapter import SparseAdapterConfig
@@ -252,14 +253,14 @@ def _exported(folder: RunFolder, round: int) -> tuple[Path, dict[str, bytes]]:
 def _write_merged(
     checked: RunConfig, folder: RunFolder, source: Path, files: Mapping[str, bytes], target: Path
 ) -> None:
-    assembly.check_same_settings(folder, checked)
+    provenance.check_same_settings(folder, checked)
     unquantised = checked.model.model_copy(update={"expert_bits": None, "expert_storage": "memory"})
     with cpu_threads(checked.model.threads):
         processor = checked.task.processor(unquantised)
         classes = folder.read_object("run.json").get("classes", [])
         model = checked.task.model(unquantised, processor, classes)
         # The numbers of a base that the run held in fewer bits are not those of the one it is merged with.
-        assembly.check_same_model(folder, model, ignoring=() if checked.model.expert_bits is None else ("sha256",))
+        provenance.check_same_model(folder, model, ignoring=() if checked.model.expert_bits is None else ("sha256",))
         experts = files.get(federated_experts.EXPERTS_FILE)
         if experts is None:
             merging.merge_into(model, *peft_layout.from_peft(source, model))
@@ -280,13 +281,13 @@ def free_path(checked: RunConfig, source: str | Path | Mapping[str, Any] | None)
 
 
 @contextmanager
-def _reopened(folder: RunFolder, checked: RunConfig, materials: assembly.Materials) -> Iterator[assembly.Material]:
+def _reopened(folder: RunFolder, checked: RunConfig, materials: assembly.Materials) -> Iterator[Material]:
     """Hold an existing run, with the material it began with. Raises: EmberfedError."""
-    assembly.check_same_settings(folder, checked)
+    provenance.check_same_settings(folder, checked)
     with folder.locked(), cpu_threads(checked.model.threads):
         material = materials.gather(checked)
-        assembly.check_same_data(folder, material)
-        assembly.check_same_model(folder, material.model)
+        provenance.check_same_data(folder, material)
+        provenance.check_same_model(folder, material.model)
         yield material
 
 
@@ -296,7 +297,7 @@ def _config(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[s
     return config.load(None if source is None else Path(source), overrides)
 
 
-def _carry_out(checked: RunConfig, folder: RunFolder, material: assembly.Material, listen: events.Listener) -> Run:
+def _carry_out(checked: RunConfig, folder: RunFolder, material: Material, listen: events.Listener) -> Run:
     federation = assembly.federate(checked, folder, material, listen)
     try:
         rounds.run(federation, folder, listen)

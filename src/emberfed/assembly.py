@@ -2,82 +2,34 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import datasets
-import psutil
-import torch
 
-import emberfed
-from emberfed import clients, events
+from emberfed import clients, events, provenance
 from emberfed.checkpoint import RunFolder
-from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig
 from emberfed.data.corpus import Corpus
-from emberfed.data.inspect import Inspection, inspect
+from emberfed.data.inspect import inspect
 from emberfed.data.partition import Partition, partition, split_client
 from emberfed.data.shard import Shard
-from emberfed.errors import ConfigError, DataError, RunFolderError
+from emberfed.engine import Engine
+from emberfed.errors import ConfigError, DataError
 from emberfed.evaluation import Score, Scores
+from emberfed.material import Divided, Material
+from emberfed.method import Method
 from emberfed.models.config import ModelConfig
-from emberfed.models.fingerprint import fingerprint
 from emberfed.models.foundation_model import FoundationModel
-from emberfed.records import Json
+from emberfed.models.loading import cpu_threads
 from emberfed.rounds import Federation
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer, check_possible
 from emberfed.worker import MemoryFolder, Worker
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Material:
-    """Model and data of a configuration, loaded, divided and made into examples.
-
-    Attributes:
-        model: The model.
-        processor: What makes its inputs of records.
-        corpus: All records.
-        partition: Who holds which.
-        shards: What each client trains on, by its id.
-        held_out: What each client keeps for evaluating its own model; empty if `data.client_test_share` is 0.
-        test: Held out on the server.
-        inspection: What clients hold, in figures.
-        clients: All clients.
-        budgets: Those of all tiers.
-    """
-
-    model: FoundationModel
-    processor: Any
-    corpus: Corpus
-    partition: Partition
-    shards: Mapping[str, Shard]
-    held_out: Mapping[str, Shard]
-    test: Shard
-    inspection: Inspection
-    clients: tuple[Client, ...]
-    budgets: tuple[Budget, ...]
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Divided:
-    """The part of the material that is made of the data section, with the model's processor."""
-
-    processor: Any
-    corpus: Corpus
-    partition: Partition
-    shards: Mapping[str, Shard]
-    held_out: Mapping[str, Shard]
-    test: Shard
-    inspection: Inspection
 
 
 @final
@@ -100,16 +52,15 @@ class Materials:
         sizes = {id_: len(shard.examples) for id_, shard in data.shards.items()}
         enrolled = clients.enrol(sizes, config.clients, model.native_top_k, model.largest_top_k, seeds)
         return Material(
-            model,
-            data.processor,
-            data.corpus,
-            data.partition,
-            data.shards,
-            data.held_out,
-            data.test,
-            data.inspection,
-            enrolled,
-            tuple(budgets),
+            model=model,
+            processor=data.processor,
+            corpus=data.corpus,
+            test=data.test,
+            shards=data.shards,
+            held_out=data.held_out,
+            members=data,
+            clients=enrolled,
+            budgets=tuple(budgets),
         )
 
     def _model(self, config: RunConfig, data: Divided) -> FoundationModel:
@@ -205,208 +156,97 @@ def start(config: RunConfig, path: Path, material: Material) -> RunFolder:
 
     Raises: RunFolderError, StorageError; ConfigError or ModelError if the adapter cannot be made.
     """
-    method = config.method_type(config.method, config.adapter, Trainer(config.training))
-    method.init(material.model, material.budgets, Seeds(config.seed).at(purpose="init"))
-    return RunFolder.create(path, config.yaml(), describe(config, path.name, material), partition_record(material))
-
-
-def check_same_data(folder: RunFolder, material: Material) -> None:
-    """Check that the data is what it was when the run began. Raises: RunFolderError."""
-    if folder.read_json("partition.json") != partition_record(material):
-        raise RunFolderError(
-            f"the data is not what it was when {folder.path} began (partition.json differs); "
-            f"put the data back, or start a new run"
-        )
-
-
-def check_same_model(folder: RunFolder, model: FoundationModel, ignoring: Collection[str] = ()) -> None:
-    """Check that the base model is the one the run began with, but for some of its record's keys.
-
-    Raises: RunFolderError naming what differs.
-    """
-    began, now = folder.read_object("run.json").get("model"), _identity(model)
-    recorded = began if isinstance(began, dict) else {}
-    changed = [key for key, value in now.items() if recorded.get(key) != value and key not in ignoring]
-    if changed:
-        raise RunFolderError(
-            f"the base model is not the one {folder.path} began with ({', '.join(changed)} differ); put it back, or "
-            f"start a new run"
-        )
-
-
-def check_same_settings(folder: RunFolder, config: RunConfig) -> None:
-    """Check that config.yaml still says what the run began with, but for what may change.
-
-    Raises: RunFolderError naming the keys that differ.
-    """
-    changed = changed_settings(folder, config)
-    if changed:
-        raise RunFolderError(
-            f"{folder.path / 'config.yaml'} was changed since the run began ({', '.join(changed)}); one run is one "
-            f"experiment: put it back, or start a new run"
-        )
-
-
-def changed_settings(folder: RunFolder, config: RunConfig) -> list[str]:
-    """Return the keys of the settings that are not those the run began with, of those that must stay as they are."""
-    began, now = folder.read_object("run.json").get("settings", {}), fixed_settings(config)
-    return sorted(key for key in {*began, *now} if began.get(key) != now.get(key))
-
-
-PLACES = ("data.path", "model.path", "adapter.start_from")
-"""Settings that say where something is; it may move while a run goes on."""
-
-
-def fixed_settings(config: RunConfig) -> dict[str, Json]:
-    """Return, by key, the settings that must stay as they are for the whole of a run."""
-    flat = {
-        f"{section}.{key}": value
-        for section, values in config.values().items()
-        if section not in ("seed", "engine", "output", "evaluation")
-        for key, value in values.items()
-    }
-    free = ("training.rounds", "clients.min_replies", "model.threads", "model.device", *PLACES)
-    return {"seed": config.seed, **{key: value for key, value in flat.items() if key not in free}}
+    method(config).init(material.model, material.budgets, Seeds(config.seed).at(purpose="init"))
+    told = provenance.describe(config, path.name, material)
+    return RunFolder.create(path, config.yaml(), told, material.members.record())
 
 
 def federate(
     config: RunConfig, folder: RunFolder, material: Material, listen: events.Listener = events.ignore
 ) -> Federation:
-    """Put the parts together."""
-    seeds = Seeds(config.seed)
-    task = config.task
-    method = config.method_type(config.method, config.adapter, Trainer(config.training, listen))
+    """Put the parts together, with the clients whose data is here."""
+    clients_here = worker(config, folder.path, material, listen)
+    engine = config.engine_type(config.engine, clients_here, WorkerRecipe(config, folder.path, Path.cwd()))
+    return federation(config, material, method(config, listen), engine)
 
-    def assess(client: str, model: FoundationModel) -> Scores[Score]:
-        return task.evaluate(model, material.processor, material.held_out[client], config.evaluation, _unheard)
 
-    worker = Worker(
-        method=method,
-        model=material.model,
-        clients={client.id: client for client in material.clients},
-        shards=material.shards.__getitem__,
-        memory=MemoryFolder(folder.path / "memory"),
-        seeds=seeds,
-        assess=assess,
-    )
+def federation(config: RunConfig, material: Material, method: Method, engine: Engine) -> Federation:
+    """Put the parts together, with clients wherever the engine has them."""
     return Federation(
         rounds=config.training.rounds,
-        seeds=seeds,
+        seeds=Seeds(config.seed),
         method=method,
-        engine=config.engine_type(config.engine, worker),
+        engine=engine,
         model=material.model,
-        task=task,
+        task=config.task,
         processor=material.processor,
         clients=material.clients,
         participation=config.clients,
         budgets=material.budgets,
         evaluated=tuple(budget for budget in material.budgets if config.evaluation.includes(budget.tier)),
         test=material.test,
-        personal=bool(material.held_out),
+        personal=config.data.client_test_share > 0,
         evaluation=config.evaluation,
         keep_uploads=config.output.keep_uploads,
         timing=config.clock if all(budget.device is not None for budget in material.budgets) else None,
     )
 
 
+def method(config: RunConfig, listen: events.Listener = events.ignore) -> Method:
+    """Return the method, with what it trains by."""
+    return config.method_type(config.method, config.adapter, Trainer(config.training, listen))
+
+
+def worker(config: RunConfig, folder: Path, material: Material, listen: events.Listener = events.ignore) -> Worker:
+    """Return who answers for the clients whose data is here.
+
+    Args:
+        config: The configuration.
+        folder: Where they keep their memories: the run's, or a client's own.
+        material: Their model and data.
+        listen: Hears of training.
+    """
+    task = config.task
+
+    def assess(client: str, model: FoundationModel) -> Scores[Score]:
+        return task.evaluate(model, material.processor, material.held_out[client], config.evaluation, _unheard)
+
+    return Worker(
+        method=method(config, listen),
+        model=material.model,
+        clients={client.id: client for client in material.clients},
+        shards=material.shards.__getitem__,
+        memory=MemoryFolder(folder / "memory"),
+        seeds=Seeds(config.seed),
+        assess=assess,
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class WorkerRecipe:
+    """How to make a run's worker again, in another process.
+
+    Attributes:
+        config: The run's configuration.
+        folder: The run's folder.
+        directory: Where relative paths of the configuration begin.
+    """
+
+    config: RunConfig
+    folder: Path
+    directory: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Worker]:
+        """Load model and data in this process, which is the worker's alone: its working directory changes.
+
+        Raises: EmberfedError.
+        """
+        os.chdir(self.directory)
+        with cpu_threads(self.config.model.threads):
+            yield worker(self.config, self.folder, gather(self.config))
+
+
 def _unheard(done: int, total: int) -> None:
     """Hear of no progress: a client does not tell it."""
-
-
-def _identity(model: FoundationModel) -> dict[str, Json]:
-    """Return what tells one base model from another."""
-    shape = model.shape
-    return {
-        "family": model.family.model_type,
-        "parameters": shape.parameters,
-        "layers": shape.num_layers,
-        "num_experts": shape.num_experts,
-        "native_top_k": shape.native_top_k,
-        "sha256": fingerprint(model.lm),
-    }
-
-
-def partition_record(material: Material) -> dict[str, Json]:
-    """Return what partition.json keeps: who got which rows, and what they hold."""
-    digests = {id_: shard.digest() for id_, shard in material.shards.items()}
-    kept = {f"{id_} (kept apart)": shard.digest() for id_, shard in material.held_out.items()}
-    return {
-        **material.partition.json(),
-        "clients": material.inspection.clients_json(),
-        "sha256": {**digests, **kept, "test split": material.test.digest()},
-    }
-
-
-_LIMITS = ("rank", "adapter_top_k", "tuned_experts", "held_experts")
-"""What a tier may limit besides K."""
-
-
-def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json]:
-    """Return what run.json keeps: versions, seeds, hardware, model, data, tiers, the method's paper."""
-    share = {tier.name: tier.share for tier in config.clients.tiers}
-    return {
-        "name": name,
-        "emberfed_version": emberfed.__version__,
-        "git": _git_hash(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": config.seed,
-        "method": {
-            "name": config.method_name,
-            "title": config.method_type.title,
-            "paper": config.method_type.paper,
-        },
-        "versions": versions(),
-        "hardware": hardware(),
-        "metric": config.task.metric.key,
-        **({"classes": list(material.corpus.classes)} if material.corpus.classes else {}),
-        "experts": config.method_type.experts,
-        "model": {"path": config.model.path, **_identity(material.model)},
-        "data": material.inspection.totals_json(),
-        "settings": fixed_settings(config),
-        "tiers": [
-            {
-                "name": budget.tier,
-                "top_k": budget.top_k,
-                "share": share[budget.tier],
-                **{key: value for key in _LIMITS if (value := getattr(budget, key)) is not None},
-                **({} if budget.device is None else {"device": budget.device.model_dump(mode="json")}),
-            }
-            for budget in material.budgets
-        ],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that results depend on."""
-    names = ("torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors", "tokenizers", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def hardware() -> dict[str, Any]:
-    """Return what this machine offers."""
-    cuda = torch.cuda.is_available()
-    return {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        if cuda
-        else [],
-    }
-
-
-def _git_hash() -> str | None:
-    """Return the commit of the source tree, if emberfed runs from one."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()

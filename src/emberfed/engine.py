@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, final
 
@@ -24,6 +25,14 @@ class Clients(Protocol):
 
         Raises: StorageError.
         """
+        ...
+
+
+class Recipe(Protocol):
+    """How to make the same clients again in another process; it can be pickled. `worker_recipe.WorkerRecipe`."""
+
+    def open(self) -> AbstractContextManager[Clients]:
+        """Load model and data here, and give the clients. Raises: EmberfedError."""
         ...
 
 
@@ -50,10 +59,17 @@ class Engine(ABC):
 
     Config: ClassVar[type[Section]]
 
-    def __init__(self, config: Any, clients: Clients) -> None:
-        """Take the checked section, an instance of `Config`, and the clients."""
+    def __init__(self, config: Any, clients: Clients, recipe: Recipe | None = None) -> None:
+        """Take what an engine works with.
+
+        Args:
+            config: The checked section, an instance of `Config`.
+            clients: The clients, in this process.
+            recipe: For engines whose clients are in other processes.
+        """
         self.config = config
         self.clients = clients
+        self.recipe = recipe
 
     @abstractmethod
     def map(self, questions: Iterable[Question]) -> Iterator[Reply | ClientFailed]:

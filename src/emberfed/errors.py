@@ -64,6 +64,15 @@ class AggregationError(EmberfedError):
     exit_code = 9
 
 
+class EngineError(EmberfedError):
+    """What carries questions to clients cannot start, or is gone: processes, ports, connections, certificates.
+
+    Nothing finished is lost; the run stays resumable.
+    """
+
+    exit_code = 10
+
+
 class Interrupted(EmberfedError):
     """The user stopped the run; it is resumable."""
 

@@ -16,7 +16,7 @@ from typing import Any, final
 
 import torch
 
-from emberfed import api, assembly, config, events, storage
+from emberfed import api, assembly, config, events, provenance, storage
 from emberfed.arena import grid as grids
 from emberfed.arena.grid import Cell, Grid
 from emberfed.arena.markdown import markdown
@@ -147,7 +147,7 @@ def _check_same(cell: Cell, path: Path) -> None:
         raise RunFolderError(
             f"{path / 'config.yaml'} cannot be used: {error}; give another --output, or remove that folder"
         ) from None
-    changed = [*assembly.changed_settings(folder, cell.config), *(key for key in now if now[key] != before[key])]
+    changed = [*provenance.changed_settings(folder, cell.config), *(key for key in now if now[key] != before[key])]
     if changed:
         raise RunFolderError(
             f"{path} was run with other settings ({', '.join(changed)}), so that its results are not comparable; "
@@ -172,7 +172,7 @@ def _complete(cell: Cell, path: Path) -> bool:
     if not is_done(cell, path):
         return False
     written, now = config.load(path / "config.yaml").values(), cell.config.values()
-    parts = [place.split(".") for place in assembly.PLACES]
+    parts = [place.split(".") for place in provenance.PLACES]
     # Elsewhere may lie something else: the run is opened again, which compares it with what the run began with.
     return all(written[section].get(key) == now[section].get(key) for section, key in parts)
 

@@ -18,12 +18,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import emberfed
-from emberfed.assembly import versions
 from emberfed.builtin import corpus
 from emberfed.config import RunConfig
 from emberfed.errors import EmberfedError
 from emberfed.models.footprint import ModuleMemory, memory_by_module, total
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.provenance import versions
 from emberfed.report import numbers
 from emberfed.seeds import Seeds
 

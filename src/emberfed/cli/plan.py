@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from emberfed import assembly, clock, federated
-from emberfed.assembly import Material
 from emberfed.cli.tables import plain_table
 from emberfed.clients import Budget, Client
 from emberfed.clock import Effort
 from emberfed.config import RunConfig
 from emberfed.costs import Work, backward_flops, forward_flops, recomputed_flops, training_flops
 from emberfed.data.shard import Batch
+from emberfed.material import Material
 from emberfed.memory import Step, TrainingMemory, training_memory, tuning_memory
 from emberfed.method import Held, Method
 from emberfed.models.compact import Compact, ExpertWork, LayerPlan

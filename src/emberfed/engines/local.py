@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 from typing import Any, final
 
-from emberfed.engine import Clients, Engine, IdleTime
+from emberfed.engine import Clients, Engine, IdleTime, Recipe
 from emberfed.records import ClientFailed, Question, Reply
 from emberfed.sections import Section
 
@@ -27,9 +27,9 @@ class LocalEngine(Engine):
 
     Config = LocalConfig
 
-    def __init__(self, config: Any, clients: Clients) -> None:
+    def __init__(self, config: Any, clients: Clients, recipe: Recipe | None = None) -> None:
         """Begin with nothing under way."""
-        super().__init__(config, clients)
+        super().__init__(config, clients, recipe)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="idle clients")
         self._under_way: Future[float] | None = None
         self._closing = Event()

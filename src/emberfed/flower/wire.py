@@ -1,0 +1,155 @@
+"""What crosses the wire: questions and replies as Flower's records, and back.
+
+A message's content has one `ConfigRecord`, whose values are scalars, and one array, which holds a payload's bytes as
+they are: safetensors, so that every dtype survives, in the 5 MB pieces that Flower cuts arrays into.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from emberfed.errors import RunFolderError
+from emberfed.records import Assessment, ClientFailed, Job, Json, Question, Reply, Survey
+
+_RECORD = "emberfed"
+_PAYLOAD = "payload"
+_STORED_AS = "emberfed.safetensors"
+_QUESTIONS: Mapping[str, type[Job | Assessment | Survey]] = {"job": Job, "assessment": Assessment, "survey": Survey}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a server asks a client before its first question.
+
+    Attributes:
+        run: The run's identity; a client's memory belongs to one run.
+        expected: What the server has, for the client to compare with and to work with.
+    """
+
+    run: str
+    expected: Mapping[str, Json]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question on its way to a client.
+
+    Attributes:
+        run: The run's identity.
+        tier: The name of the tier that the client is on.
+        question: The question.
+    """
+
+    run: str
+    tier: str
+    question: Question
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A client's answer to `Hello`: what it has, for the server to compare and to count with."""
+
+    told: Mapping[str, Json]
+
+
+def asked(message: Hello | Asked) -> RecordDict:
+    """Return what is sent to a client."""
+    if isinstance(message, Hello):
+        return _content({"kind": "hello", "run": message.run, "body": json.dumps(dict(message.expected))})
+    question = message.question
+    kind = next(name for name, of in _QUESTIONS.items() if isinstance(question, of))
+    head = {"run": message.run, "tier": message.tier, "round": question.round, "client": question.client}
+    return _content({"kind": kind, **head}, question.download)
+
+
+def read_asked(content: RecordDict) -> Hello | Asked:
+    """Inverse of `asked`. Raises: RunFolderError if the content is nothing that a server sends."""
+    head = _head(content)
+    kind = head.get("kind")
+    if kind == "hello":
+        return Hello(_text(head, "run"), _object(head))
+    if not isinstance(kind, str) or kind not in _QUESTIONS:
+        raise RunFolderError(f"a server asked for {kind!r}, which this version of emberfed does not know")
+    question = _QUESTIONS[kind](_number(head, "round"), _text(head, "client"), _payload(content))
+    return Asked(_text(head, "run"), _text(head, "tier"), question)
+
+
+def answered(message: Description | Reply | ClientFailed) -> RecordDict:
+    """Return what is sent to the server."""
+    if isinstance(message, Description):
+        return _content({"kind": "description", "body": json.dumps(dict(message.told))})
+    head = {"round": message.round, "client": message.client}
+    if isinstance(message, ClientFailed):
+        return _content({"kind": "failed", **head, "reason": message.reason})
+    return _content({"kind": "reply", **head, "body": json.dumps(dict(message.measured))}, message.upload)
+
+
+def read_answered(content: RecordDict) -> Description | Reply | ClientFailed:
+    """Inverse of `answered`. Raises: RunFolderError if the content is nothing that a client sends."""
+    head = _head(content)
+    kind = head.get("kind")
+    if kind == "description":
+        return Description(_object(head))
+    if kind == "failed":
+        return ClientFailed(_number(head, "round"), _text(head, "client"), _text(head, "reason"))
+    if kind != "reply":
+        raise RunFolderError(f"a client answered with {kind!r}, which this version of emberfed does not know")
+    measured = _object(head)
+    if not all(type(value) in (int, float) for value in measured.values()):
+        raise RunFolderError("a client's measurements are not numbers")
+    return Reply(_number(head, "round"), _text(head, "client"), _payload(content), measured)
+
+
+def _content(head: Mapping[str, Any], payload: bytes | None = None) -> RecordDict:
+    content = RecordDict({_RECORD: ConfigRecord(dict(head))})
+    if payload is not None:
+        array = Array(dtype="uint8", shape=(len(payload),), stype=_STORED_AS, data=payload)
+        content[_PAYLOAD] = ArrayRecord({_PAYLOAD: array})
+    return content
+
+
+def _head(content: RecordDict) -> Mapping[str, Any]:
+    head = content.config_records.get(_RECORD)
+    if head is None:
+        raise RunFolderError("a message without emberfed's record: whoever sent it does not run emberfed")
+    return head
+
+
+def _payload(content: RecordDict) -> bytes:
+    arrays = content.array_records.get(_PAYLOAD)
+    array = None if arrays is None else arrays.get(_PAYLOAD)
+    if array is None or array.stype != _STORED_AS:
+        raise RunFolderError("a message without a payload")
+    return array.data
+
+
+def _text(head: Mapping[str, Any], key: str) -> str:
+    value = head.get(key)
+    if not isinstance(value, str):
+        raise RunFolderError(f"a message whose {key!r} is not text")
+    return value
+
+
+def _number(head: Mapping[str, Any], key: str) -> int:
+    value = head.get(key)
+    if type(value) is not int:
+        raise RunFolderError(f"a message whose {key!r} is not a whole number")
+    return value
+
+
+def _object(head: Mapping[str, Any]) -> dict[str, Json]:
+    try:
+        value = json.loads(_text(head, "body"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RunFolderError("a message whose 'body' is not a JSON object")
+    return value
