@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 COMPLETE := methods aggregation records admission checkpoint
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench pretrain pretrain-dense pretrain-llama-moe pretrain-deepseek pretrain-vision clean
+.PHONY: help install run test test-slow check format bench pretrain pretrain-dense pretrain-llama-moe pretrain-deepseek pretrain-vision clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -25,8 +25,11 @@ run: $(STAMP) ## the quickstart: federated fine-tuning of the built-in model on 
 
 # One thread per test process: several processes with several threads each halt one another on small machines. Only the
 # modules above are traced: tracing all of them takes time.
-test: $(STAMP) ## all tests
+test: $(STAMP) ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(COMPLETE:%=--cov=emberfed.%) --cov-report=
+
+test-slow: $(STAMP) ## tests that `make test` leaves out: more kills, more memory measured in processes of their own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: $(STAMP) ## what continuous integration runs: formatting, lint, types, tests with coverage
 	$(BIN)/ruff format --check .

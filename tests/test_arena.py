@@ -116,6 +116,7 @@ def test_two_processes_give_the_same_bits(
     assert sorted(ended) == sorted(cell.name for cell in finished[1].grid.cells)
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with(
     finished: tuple[Path, Comparison], tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_killed_and_gone_on_with(
     assert all_bits(folder) == all_bits(finished[0])
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_asked(
     finished: tuple[Path, Comparison], tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

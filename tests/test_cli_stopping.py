@@ -101,6 +101,7 @@ def test_a_closed_standard_output_is_no_traceback(closed_pipe: int) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_closed_standard_error_does_not_fail_clients(
     tiny_model_folder: Path, tiny_data: Path, tmp_path: Path, closed_pipe: int
 ) -> None:

@@ -256,6 +256,7 @@ QUIET = {"MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "
 """glibc gives freed tensors back, and oneDNN keeps no kernels, which are not the model's."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_grows_by_what_is_counted() -> None:
     """Resident memory from before training to its peak, within 10 %. `-s` shows the figures."""

@@ -97,6 +97,7 @@ def test_other_methods_take_the_rank_they_sent_alone(method: str, tiny_model_fol
         assert f"(8, {rank}, 16), expected (8, 3, 16)" in problem
 
 
+@pytest.mark.slow
 @WITH_MEMORY
 def test_killed_and_resumed_clients_keep_what_they_would_have_kept(
     method: str, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path

@@ -453,6 +453,7 @@ def test_other_files_among_memories_are_left_alone(tmp_path: Path) -> None:
     assert stray.read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_killed_in_personal_evaluation_and_resumed_gives_the_same_bits(
     vit: Path, pictures: Path, tmp_path: Path
 ) -> None:

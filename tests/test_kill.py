@@ -34,7 +34,7 @@ def wait_until_written(run: Path, process: subprocess.Popen[bytes], files: int) 
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("attempt", [0, *(pytest.param(again, marks=pytest.mark.slow) for again in (1, 2))])
 def test_killed_and_resumed_until_done(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path, attempt: int) -> None:
     """SIGKILL after a random number of files and a random pause, over and over, until the run is through."""
     values = config(tiny_model_folder, tiny_data, evaluation={"every": 0})

@@ -71,7 +71,14 @@ def effect(tensors: Mapping[str, torch.Tensor], alpha: float) -> dict[str, torch
     return {path: alpha / a.shape[-2] * b @ a for path, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize("method", LORA_METHODS)
+# Their server state and client memory differ most; the others take the same paths, and are asked by `make test-slow`.
+_OF_THEIR_OWN = ("flora", "hetlora")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [name if name in _OF_THEIR_OWN else pytest.param(name, marks=pytest.mark.slow) for name in LORA_METHODS],
+)
 def test_changing_cohorts_cut_and_resumed_give_the_same_bits(
     method: str, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def child(code: str, *arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @linux
 def test_a_process_grows_by_what_is_counted_and_less_with_fewer_experts() -> None:
     """Experts on disk, 32, 16 and 8 of 32 held: resident memory within 10 %. `-s` shows the figures."""

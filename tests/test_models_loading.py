@@ -280,6 +280,7 @@ def measured(large: Path, tiny: Path, **options: Any) -> dict[str, float]:
     return {name: value / checkpoint for name, value in json.loads(child.stdout).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_in_4_bits_or_onto_disk_never_needs_the_memory_of_16(large: Path, tiny_model_folder: Path) -> None:
     """All experts in 16 bit are never there at once. The checkpoint's pages count too: they are mapped.

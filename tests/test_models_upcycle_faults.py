@@ -196,6 +196,7 @@ def test_router_weights_no_format_holds(dense: Path, tmp_path: Path, std: str) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped(tmp_path: Path, number: signal.Signals) -> None:
     dense = save_llama(tmp_path / "dense", num_hidden_layers=60)

@@ -164,6 +164,7 @@ def test_cut_and_resumed_runs_have_the_same_lines_and_bits(vision: Vision, tmp_p
     assert len(lines(whole, "personal")) == 5 * 4
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_runs_have_the_same_lines_and_bits(vision: Vision, reference: Path, tmp_path: Path) -> None:
     """Killed in the first round, and again in the second."""
     file, run = write_config(tmp_path / "config.yaml", values(vision)), tmp_path / "run"

@@ -200,6 +200,7 @@ def held_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@pytest.mark.slow
 def test_only_a_mu_above_zero_costs_memory_and_it_is_one_adapter(
     model: FoundationModel, start: dict[str, torch.Tensor]
 ) -> None:
