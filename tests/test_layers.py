@@ -25,7 +25,7 @@ LAYERS = {
         "aggregation",
         "expert_roles",
     },
-    2: {"costs", "memory", "clock", "traffic", "speed", "training", "evaluation", "tasks"},
+    2: {"costs", "memory", "clock", "traffic", "speed", "training", "evaluation", "tasks", "own_data"},
     3: {
         "method",
         "engine",
@@ -48,12 +48,16 @@ LAYERS = {
         "config",
         "material",
         "provenance",
+        "own_data",
+        "handshake",
+        "deployment",
         "assembly",
         "flower",
+        "processes",
         "report",
         "engines",
     },
-    5: {"api", "arena"},
+    5: {"api", "arena", "deploy"},
     6: {"cli", "__main__"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -41,14 +41,17 @@ class Source:
 
 def read_source(config: ImageDataConfig, seeds: Seeds) -> Source:
     """Find images and the names of their classes. Raises: DataError if there are none, or no classes."""
-    if config.path == "builtin":
-        return _builtin(config, seeds)
+    return _builtin(config, seeds) if config.path == "builtin" else read_found(config)
+
+
+def read_found(config: ImageDataConfig) -> Source:
+    """Find images in a file, a folder or on the hub. Raises: DataError if there are none, or no classes."""
     path = Path(config.path).expanduser()
     if path.is_dir() and not any((path / name).is_file() for name in SAVED) and not any(path.glob("*.parquet")):
         return _read_classes_folder(path, config.split)
     if path.is_file() and path.suffix.lower() != ".parquet":
         raise DataError(
-            f"data.path {path}: images come as a folder with a sub-folder for each class, as .parquet, or from the "
+            f"data {path}: images come as a folder with a sub-folder for each class, as .parquet, or from the "
             f"hub; for data of text set data.task: generation"
         )
     return _from_columns(read_table(config), config)
@@ -106,11 +109,11 @@ def _read_classes_folder(folder: Path, split: str) -> Source:
     try:
         root = folder / split if (folder / split).is_dir() else folder
         if root == folder and split != "train":
-            raise DataError(f"data.path {folder} holds no folder of the split {split!r}; set data.split or path")
+            raise DataError(f"data {folder} holds no folder of the split {split!r}; set data.split or path")
         names = sorted(entry.name for entry in _visible(root) if entry.is_dir())
         if not names:
             raise DataError(
-                f"data.path {root} holds no sub-folders; put each class's images in a sub-folder with its name, or for "
+                f"data {root} holds no sub-folders; put each class's images in a sub-folder with its name, or for "
                 f"data of text set data.task: generation"
             )
         files = [(file, name) for name in names for file in _visible(root / name)]
@@ -121,20 +124,20 @@ def _read_classes_folder(folder: Path, split: str) -> Source:
             name.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"data.path {folder} has a class whose folder's name {error.object!r} is not UTF-8; rename it"
+            f"data {folder} has a class whose folder's name {error.object!r} is not UTF-8; rename it"
         ) from None
     except OSError as error:
-        raise DataError(f"data.path {folder} cannot be read ({error.strerror})") from None
+        raise DataError(f"data {folder} cannot be read ({error.strerror})") from None
     if deeper is not None:
         raise DataError(
-            f"data.path {root}: {deeper.relative_to(root)} is a folder in a class's folder, which may hold images "
+            f"data {root}: {deeper.relative_to(root)} is a folder in a class's folder, which may hold images "
             f"alone; set data.split or path to the folder right above the classes"
         )
     if special is not None:
-        raise DataError(f"data.path {root}: {special.relative_to(root)} is no file (a pipe or a device); remove it")
+        raise DataError(f"data {root}: {special.relative_to(root)} is no file (a pipe or a device); remove it")
     if loose is not None:
         raise DataError(
-            f"data.path {root}: image {loose.name} lies beside the classes' folders, so it has no class; move it into "
+            f"data {root}: image {loose.name} lies beside the classes' folders, so it has no class; move it into "
             f"one of them, or away"
         )
     columns = {

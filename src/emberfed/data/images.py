@@ -16,19 +16,24 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+from datasets.table import embed_table_storage
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
 
 from emberfed.data.classes import check_learnable
 from emberfed.data.config import ImageDataConfig
 from emberfed.data.corpus import Corpus, LoadReport
-from emberfed.data.image_sources import decoded, read_source
+from emberfed.data.image_sources import Source, decoded, read_found, read_source
+from emberfed.data.loading import explained, quietly
+from emberfed.data.own import check_known
 from emberfed.data.shard import ClassBatch, Shard
 from emberfed.errors import DataError, ModelError
 from emberfed.models.config import ModelConfig
 from emberfed.models.loading import model_path
 from emberfed.seeds import Seeds
 
+_IMAGES_AT_ONCE = 100
+"""Bytes of that many images are put into one array, which may hold 2 GiB."""
 _PROCESSINGS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -142,19 +147,14 @@ def load_images(config: ImageDataConfig, seeds: Seeds) -> Corpus:
             some class is left to train on.
     """
     source = read_source(config, seeds)
-    kept: dict[bytes, int] = {}
-    for row, value in enumerate(source.records["image"]):
-        kept.setdefault(_key(decoded(value, f"data {config.path}, record {row + 1}")), row)
-    rows = np.asarray(list(kept.values()), dtype=np.int64)
+    rows = _usable(source, config)
     order = seeds.numpy("data order").permutation(len(rows))[: config.limit]
     if len(order) <= config.test_size:
         raise DataError(
             f"data {config.path} has {len(order)} usable images ({source.records.num_rows} read); data.test_size "
             f"{config.test_size} leaves none to train on; lower it or give more data"
         )
-    chosen = source.records.select(rows[order])
-    if config.label not in chosen.column_names:  # by which a partition may ask for the classes
-        chosen = chosen.add_column(config.label, chosen["category"])
+    chosen = _records(source, rows[order], config)
     train, test = chosen.select(range(config.test_size, len(order))), chosen.select(range(config.test_size))
     check_learnable(source.classes, train["category"], test["category"], f"data {config.path}")
     report = LoadReport(
@@ -167,6 +167,43 @@ def load_images(config: ImageDataConfig, seeds: Seeds) -> Corpus:
         test=len(test),
     )
     return Corpus(train, test, report, source.classes)
+
+
+def load_own_images(config: ImageDataConfig, classes: Sequence[str] | None) -> datasets.Dataset:
+    """Load what is all a client's: as `load_images` does, in the order of the files, nothing held out or left out.
+
+    Raises: DataError if the images cannot be found or read, one has a label that is none of the classes, or there are
+        none.
+    """
+    source = read_found(config)
+    if not len(source.records):
+        raise DataError(f"data {config.path} has no image; put each class's images in the sub-folder with its name")
+    check_known(source.records["category"], classes, f"data {config.path}")
+    return _records(source, _usable(source, config), config)
+
+
+def _usable(source: Source, config: ImageDataConfig) -> NDArray[np.int64]:
+    """Read all images and return the rows of those whose pixels did not come before."""
+    kept: dict[bytes, int] = {}
+    for row, value in enumerate(source.records["image"]):
+        kept.setdefault(_key(decoded(value, f"data {config.path}, record {row + 1}")), row)
+    return np.asarray(list(kept.values()), dtype=np.int64)
+
+
+def _records(source: Source, rows: NDArray[np.int64], config: ImageDataConfig) -> datasets.Dataset:
+    chosen = source.records.select(rows)
+    if config.label in chosen.column_names:
+        return chosen
+    with quietly():
+        return chosen.add_column(config.label, chosen["category"])  # by which a partition may ask for the classes
+
+
+def with_their_files(records: datasets.Dataset, where: str) -> datasets.Dataset:
+    """Return images as the bytes of their files, where they were paths. Raises: DataError if a file is gone."""
+    with explained(where), quietly():
+        tables = records.with_format("arrow")
+        held = tables.map(embed_table_storage, batched=True, batch_size=_IMAGES_AT_ONCE, keep_in_memory=True)
+        return held.with_format(None)
 
 
 def _key(image: PIL.Image.Image) -> bytes:

@@ -7,11 +7,12 @@ import glob
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import datasets
 import huggingface_hub
@@ -42,7 +43,55 @@ def load(config: DataConfig, seeds: Seeds) -> Corpus:
     Raises:
         DataError: if the data cannot be found or read, is of no known format, or is too little.
     """
-    raw = _read(config, seeds)
+    usable = _usable(_read(config, seeds), config)
+    order = seeds.numpy("data order").permutation(len(usable.records))[: config.limit]
+    if len(order) <= config.test_size:
+        raise DataError(
+            f"data {config.path} has {len(order)} usable examples ({usable.read} read, {usable.empty} without prompt "
+            f"or response); "
+            f"data.test_size {config.test_size} leaves none to train on; lower it or give more data"
+        )
+    chosen = datasets.Dataset.from_list([usable.records[index] for index in order])
+    report = LoadReport(
+        format=usable.format,
+        read=usable.read,
+        duplicates=usable.read - usable.empty - len(usable.records),
+        empty=usable.empty,
+        over_limit=len(usable.records) - len(order),
+        train=len(order) - config.test_size,
+        test=config.test_size,
+    )
+    held_out = range(config.test_size)
+    return Corpus(chosen.select(range(config.test_size, len(order))), chosen.select(held_out), report)
+
+
+def load_own(config: DataConfig) -> datasets.Dataset:
+    """Load what is all a client's: as `load` does, in the order of the files, with nothing held out or left out.
+
+    Raises: DataError if the data cannot be found or read, is of no known format, or has no usable record.
+    """
+    usable = _usable(read_table(config), config)
+    if not usable.records:
+        raise DataError(
+            f"data {config.path} has no usable example ({usable.read} read, {usable.empty} without prompt or "
+            f"response); give each a prompt and a response"
+        )
+    return datasets.Dataset.from_list(list(usable.records))
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Usable:
+    """Records of the schema of `formats` with their scalars, in the order they were read, and what was left out."""
+
+    records: Sequence[dict[str, Any]]
+    format: str
+    read: int
+    empty: int
+
+
+def _usable(raw: datasets.Dataset, config: DataConfig) -> _Usable:
+    """Map records to the schema; drop those without prompt or response, and those that came before."""
     _check_text(raw, config.path)
     format = check_columns(config.format, raw.column_names, f"data {config.path}")
     kept: dict[str, dict[str, Any]] = {}
@@ -55,26 +104,7 @@ def load(config: DataConfig, seeds: Seeds) -> Corpus:
             empty += 1
             continue
         kept.setdefault(_key(mapped), {**_scalars(record), **mapped})
-    records = list(kept.values())
-    order = seeds.numpy("data order").permutation(len(records))[: config.limit]
-    if len(order) <= config.test_size:
-        raise DataError(
-            f"data {config.path} has {len(order)} usable examples ({raw.num_rows} read, {empty} without prompt "
-            f"or response); "
-            f"data.test_size {config.test_size} leaves none to train on; lower it or give more data"
-        )
-    chosen = datasets.Dataset.from_list([records[index] for index in order])
-    report = LoadReport(
-        format=format,
-        read=raw.num_rows,
-        duplicates=raw.num_rows - empty - len(records),
-        empty=empty,
-        over_limit=len(records) - len(order),
-        train=len(order) - config.test_size,
-        test=config.test_size,
-    )
-    held_out = range(config.test_size)
-    return Corpus(chosen.select(range(config.test_size, len(order))), chosen.select(held_out), report)
+    return _Usable(list(kept.values()), format, raw.num_rows, empty)
 
 
 def _check_text(raw: datasets.Dataset, path: str) -> None:
@@ -142,7 +172,7 @@ def _read_saved(folder: Path, split: str) -> datasets.Dataset:
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if split not in loaded:
-        raise DataError(f"data.path {folder} has the splits {one_of(loaded)}, not {split!r}; set data.split")
+        raise DataError(f"data {folder} has the splits {one_of(loaded)}, not {split!r}; set data.split")
     return loaded[split]
 
 
@@ -152,7 +182,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         files = sorted((path for path in folder.iterdir() if _builder(path)), key=_by_number)
     if not files:
         raise DataError(
-            f"data.path {folder} holds no file of {', '.join(sorted(_BUILDERS))}; for a folder of images set "
+            f"data {folder} holds no file of {', '.join(sorted(_BUILDERS))}; for a folder of images set "
             f"data.task: image_classification"
         )
     clients = [file for file in files if _SHEPHERD.fullmatch(file.stem)]
@@ -165,7 +195,10 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     if split == "train" and not any(named.values()):
         return files
     found = ", ".join(file.name for file in files[:8])
-    raise DataError(f"data.path {folder} holds no file of the split {split!r} (found: {found}); set data.split or path")
+    raise DataError(
+        f"data {folder} holds no file of the split {split!r} (found: {found}); rename its files, or set data.split or "
+        f"path"
+    )
 
 
 def _by_number(path: Path) -> tuple[str, int, str]:
@@ -180,7 +213,7 @@ def _builder(path: Path) -> str | None:
 def _read_file(file: Path) -> datasets.Dataset:
     builder = _builder(file)
     if builder is None:
-        raise DataError(f"data.path {file}: files must end in one of {', '.join(sorted(_BUILDERS))}")
+        raise DataError(f"data {file}: files must end in one of {', '.join(sorted(_BUILDERS))}")
     if builder == "csv":
         return _read_csv(file)
     if builder == "json":
@@ -214,10 +247,10 @@ def _check_json(file: Path) -> None:
         start = first.lstrip()[:1]
         for number, line in enumerate(chain([first], lines)):
             if line.count("{") + line.count("[") > _DEEPEST and _depth(line) > _DEEPEST:
-                raise DataError(f"data.path {file}: record {number + 1} is nested deeper than {_DEEPEST} levels")
+                raise DataError(f"data {file}: record {number + 1} is nested deeper than {_DEEPEST} levels")
     if start not in ("{", "["):
         found = f"it begins with {start!r}" if start else "it is empty"
-        raise DataError(f"data.path {file} must hold one JSON object per line, or a list of objects; {found}")
+        raise DataError(f"data {file} must hold one JSON object per line, or a list of objects; {found}")
 
 
 def _read_csv(file: Path) -> datasets.Dataset:
@@ -230,15 +263,15 @@ def _read_csv(file: Path) -> datasets.Dataset:
         header = next(reader, [])
         rows = [(reader.line_num, row) for row in reader if row]
     if len(set(header)) < len(header):
-        raise DataError(f"data.path {file}: the column names {header} are not all different; rename them")
+        raise DataError(f"data {file}: the column names {header} are not all different; rename them")
     for line, row in rows:
         if len(row) != len(header):
             raise DataError(
-                f"data.path {file}, line {line}: {len(row)} cells under {len(header)} column names; "
+                f"data {file}, line {line}: {len(row)} cells under {len(header)} column names; "
                 f"put text with commas in quotes"
             )
     if not rows:
-        raise DataError(f"data.path {file} cannot be read (it holds no records)")
+        raise DataError(f"data {file} cannot be read (it holds no records)")
     return datasets.Dataset.from_dict({name: [row[place] for _, row in rows] for place, name in enumerate(header)})
 
 
@@ -266,7 +299,7 @@ def explained(where: str) -> Iterator[None]:
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         if "corresponds to no data" in reason:  # the library's words for it
             reason = "it holds no records"
-        raise DataError(f"data.path {where[:200]} cannot be read ({reason[:200]})") from None
+        raise DataError(f"data {where[:200]} cannot be read ({reason[:200]})") from None
 
 
 @contextmanager

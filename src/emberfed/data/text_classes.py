@@ -20,6 +20,7 @@ from emberfed.data.classes import check_columns, check_learnable, class_names, d
 from emberfed.data.config import TextClassDataConfig
 from emberfed.data.corpus import Corpus, LoadReport
 from emberfed.data.loading import read_table
+from emberfed.data.own import check_known
 from emberfed.data.shard import ClassBatch, Shard
 from emberfed.errors import DataError
 from emberfed.seeds import Seeds
@@ -111,47 +112,85 @@ def load_texts(config: TextClassDataConfig, seeds: Seeds) -> Corpus:
     where = f"data {config.path}"
     if config.path == "builtin":
         raise DataError("there is no built-in data for task text_classification; give data.path a file or folder")
+    usable = _usable(config)
+    order = seeds.numpy("data order").permutation(len(usable.rows))[: config.limit]
+    if len(order) <= config.test_size:
+        raise DataError(
+            f"{where} has {len(order)} usable texts ({usable.read} read, {usable.empty} empty); data.test_size "
+            f"{config.test_size} leaves none to train on; lower it or give more data"
+        )
+    chosen = usable.records(config, [usable.rows[index] for index in order])
+    train, test = chosen.select(range(config.test_size, len(order))), chosen.select(range(config.test_size))
+    classes = declared(usable.raw, config.label, usable.names)
+    check_learnable(classes, train["category"], test["category"], where)
+    report = LoadReport(
+        format="texts",
+        read=usable.read,
+        duplicates=usable.read - usable.empty - len(usable.rows),
+        empty=usable.empty,
+        over_limit=len(usable.rows) - len(order),
+        train=len(train),
+        test=len(test),
+    )
+    return Corpus(train, test, report, classes)
+
+
+def load_own_texts(config: TextClassDataConfig, classes: Sequence[str] | None) -> datasets.Dataset:
+    """Load what is all a client's: as `load_texts` does, in the order of the files, nothing held out or left out.
+
+    Raises: DataError if the texts cannot be found or read, one has a label that is none of the classes, or all are
+        empty.
+    """
+    usable = _usable(config)
+    check_known(usable.names, classes, f"data {config.path}")
+    if not usable.rows:
+        raise DataError(f"data {config.path} has no usable text ({usable.read} read, all empty); give it some")
+    return usable.records(config, usable.rows)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Usable:
+    """A table, each of its records' class, the rows that are neither empty nor came before, and how many are empty."""
+
+    raw: datasets.Dataset
+    names: Sequence[str]
+    rows: Sequence[int]
+    empty: int
+
+    @property
+    def read(self) -> int:
+        """Records of the table."""
+        return len(self.names)
+
+    def records(self, config: TextClassDataConfig, rows: Sequence[int]) -> datasets.Dataset:
+        """Return some of the rows with columns `text`, `category`, that of the label, and the scalar ones."""
+        scalars = [
+            name
+            for name, feature in self.raw.features.items()
+            if isinstance(feature, datasets.Value) and name not in (config.text, config.label, "text", "category")
+        ]
+        taken, classed = self.raw.select(rows), [self.names[row] for row in rows]
+        own = {config.label: classed, "text": list(taken[config.text]), "category": classed}
+        return datasets.Dataset.from_dict({**own, **{name: list(taken[name]) for name in scalars}})
+
+
+def _usable(config: TextClassDataConfig) -> _Usable:
+    """Read a table and find the rows that count."""
+    where = f"data {config.path}"
     raw = read_table(config)
     check_columns(raw, {"text": config.text, "label": config.label}, where)
-    texts, names = list(raw[config.text]), class_names(raw, config.label, where)
+    names = class_names(raw, config.label, where)
     kept: dict[str, int] = {}
     empty = 0
-    for row, text in enumerate(texts):
+    for row, text in enumerate(raw[config.text]):
         if not isinstance(text, str):
             raise DataError(f"{where}, record {row + 1}: {text!r} is no text; mend column {config.text!r}")
         key = " ".join(text.casefold().split())
         empty += not key
         if key:
             kept.setdefault(key, row)
-    rows = list(kept.values())
-    order = seeds.numpy("data order").permutation(len(rows))[: config.limit]
-    if len(order) <= config.test_size:
-        raise DataError(
-            f"{where} has {len(order)} usable texts ({len(texts)} read, {empty} empty); data.test_size "
-            f"{config.test_size} leaves none to train on; lower it or give more data"
-        )
-    scalars = [
-        name
-        for name, feature in raw.features.items()
-        if isinstance(feature, datasets.Value) and name not in (config.text, config.label, "text", "category")
-    ]
-    taken = raw.select([rows[i] for i in order])
-    classed = [names[rows[i]] for i in order]
-    own = {"text": list(taken[config.text]), "category": classed, config.label: classed}
-    chosen = datasets.Dataset.from_dict({**own, **{name: list(taken[name]) for name in scalars}})
-    train, test = chosen.select(range(config.test_size, len(order))), chosen.select(range(config.test_size))
-    classes = declared(raw, config.label, names)
-    check_learnable(classes, train["category"], test["category"], where)
-    report = LoadReport(
-        format="texts",
-        read=len(texts),
-        duplicates=len(texts) - empty - len(rows),
-        empty=empty,
-        over_limit=len(rows) - len(order),
-        train=len(train),
-        test=len(test),
-    )
-    return Corpus(train, test, report, classes)
+    return _Usable(raw, names, list(kept.values()), empty)
 
 
 def tokenise_texts(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, final
 
 import datasets
@@ -66,6 +67,32 @@ class Task(ABC):
     @abstractmethod
     def corpus(self, config: Any, seeds: Seeds) -> Corpus:
         """Load records, drop duplicates, hold out some. Raises: DataError."""
+
+    @abstractmethod
+    def own_records(self, config: Any, folder: Path, classes: Sequence[str] | None) -> datasets.Dataset:
+        """Load all that lies in a client's own folder (or file), in its order, duplicates and empty records dropped.
+
+        Args:
+            config: The `data` section, for how records are read; where, is told by the folder.
+            folder: What the client has.
+            classes: Names of all classes of the federation; empty if the task has none. None: the server has not told
+                them yet, so any label may be one.
+
+        Returns:
+            Records as those of `corpus`.
+
+        Raises: DataError naming the folder, if it holds nothing that can be used, or a label that is no class.
+        """
+
+    @abstractmethod
+    def handed_out(self, records: datasets.Dataset, config: Any, format: str) -> datasets.Dataset:
+        """Return records of a corpus with the columns that `own_records` reads by the same section.
+
+        Args:
+            records: Some of the corpus.
+            config: The `data` section.
+            format: What the corpus was read as, by its report.
+        """
 
     @abstractmethod
     def model(self, config: ModelConfig, processor: Any, classes: Sequence[str]) -> FoundationModel:

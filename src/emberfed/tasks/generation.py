@@ -6,6 +6,7 @@ Shapes: B sequences, S positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, final
 
 import datasets
@@ -16,7 +17,9 @@ from emberfed import metrics
 from emberfed.costs import Work
 from emberfed.data.config import DataConfig
 from emberfed.data.corpus import Corpus
-from emberfed.data.loading import load
+from emberfed.data.formats import SCHEMA
+from emberfed.data.loading import load, load_own
+from emberfed.data.own import own_section, source_columns
 from emberfed.data.tokenise import IGNORED, ResponseBatch, ResponseShard, check_vocabulary, tokenise
 from emberfed.evaluation import EvaluationConfig, Score, Scores, evaluate
 from emberfed.models.config import ModelConfig
@@ -41,6 +44,17 @@ class Generation(Task):
     def corpus(self, config: DataConfig, seeds: Seeds) -> Corpus:
         """Load records of instructions and responses."""
         return load(config, seeds)
+
+    def own_records(self, config: DataConfig, folder: Path, classes: Sequence[str] | None) -> datasets.Dataset:
+        """Load a client's records of instructions and responses."""
+        return load_own(own_section(config, folder))
+
+    def handed_out(self, records: datasets.Dataset, config: DataConfig, format: str) -> datasets.Dataset:
+        """Give records the columns they came with."""
+        rows = records.to_list()
+        besides = [{name: row[name] for name in row if name not in SCHEMA or name == "category"} for row in rows]
+        written = source_columns(format, rows)
+        return datasets.Dataset.from_list([{**one, **other} for one, other in zip(besides, written, strict=True)])
 
     def model(self, config: ModelConfig, processor: Any, classes: Sequence[str]) -> FoundationModel:
         """Load the model, which must embed every token."""

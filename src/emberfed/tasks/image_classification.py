@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, final
 
 import datasets
@@ -11,7 +12,16 @@ from emberfed import metrics
 from emberfed.costs import Work
 from emberfed.data.config import ImageDataConfig
 from emberfed.data.corpus import Corpus
-from emberfed.data.images import ImageBatch, ImageShard, encode_images, load_images, load_preprocessing
+from emberfed.data.images import (
+    ImageBatch,
+    ImageShard,
+    encode_images,
+    load_images,
+    load_own_images,
+    load_preprocessing,
+    with_their_files,
+)
+from emberfed.data.own import named_columns, own_section
 from emberfed.evaluation import EvaluationConfig, Score, Scores
 from emberfed.evaluation import classes as choosing
 from emberfed.models.config import ModelConfig
@@ -35,6 +45,15 @@ class ImageClassification(Task):
     def corpus(self, config: ImageDataConfig, seeds: Seeds) -> Corpus:
         """Load images and their classes."""
         return load_images(config, seeds)
+
+    def own_records(self, config: ImageDataConfig, folder: Path, classes: Sequence[str] | None) -> datasets.Dataset:
+        """Load a client's images and their classes."""
+        return load_own_images(own_section(config, folder), classes)
+
+    def handed_out(self, records: datasets.Dataset, config: ImageDataConfig, format: str) -> datasets.Dataset:
+        """Give images, as bytes, and classes the columns that the configuration names."""
+        named = named_columns(records, "image", config.image, config.label)
+        return with_their_files(named, config.path)
 
     def model(self, config: ModelConfig, processor: Any, classes: Sequence[str]) -> FoundationModel:
         """Load the model with a head for these classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, final
 
 import datasets
@@ -11,7 +12,8 @@ from emberfed import metrics
 from emberfed.costs import Work
 from emberfed.data.config import TextClassDataConfig
 from emberfed.data.corpus import Corpus
-from emberfed.data.text_classes import TextBatch, TextShard, load_texts, tokenise_texts
+from emberfed.data.own import named_columns, own_section
+from emberfed.data.text_classes import TextBatch, TextShard, load_own_texts, load_texts, tokenise_texts
 from emberfed.data.tokenise import check_vocabulary
 from emberfed.evaluation import EvaluationConfig, Score, Scores
 from emberfed.evaluation import classes as choosing
@@ -37,6 +39,14 @@ class TextClassification(Task):
     def corpus(self, config: TextClassDataConfig, seeds: Seeds) -> Corpus:
         """Load texts and their classes."""
         return load_texts(config, seeds)
+
+    def own_records(self, config: TextClassDataConfig, folder: Path, classes: Sequence[str] | None) -> datasets.Dataset:
+        """Load a client's texts and their classes."""
+        return load_own_texts(own_section(config, folder), classes)
+
+    def handed_out(self, records: datasets.Dataset, config: TextClassDataConfig, format: str) -> datasets.Dataset:
+        """Give texts and classes the columns that the configuration names."""
+        return named_columns(records, "text", config.text, config.label)
 
     def model(self, config: ModelConfig, processor: Any, classes: Sequence[str]) -> FoundationModel:
         """Load the model, which must embed every token, with a head for these classes."""
