@@ -24,6 +24,9 @@ from emberfed.sections import Section, parse_yaml
 from emberfed.tasks import task_names
 
 COMMANDS = (
+    ("server",),
+    ("certificates",),
+    ("data", "split"),
     ("run",),
     ("resume",),
     ("compare",),

@@ -26,7 +26,7 @@ from emberfed import assembly, federated, federated_experts
 from emberfed.admission import Asked, payload_problem, survey_problem
 from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig, parse
-from emberfed.engine import engine_names
+from emberfed.engine import engine_names, load_engine
 from emberfed.errors import ConfigError, ModelError
 from emberfed.federated_experts import ExpertTuningConfig
 from emberfed.material import Material
@@ -38,7 +38,7 @@ from emberfed.models.families import families, load_family
 from emberfed.models.head import is_head
 from emberfed.models.lora import LoraConfig
 from emberfed.models.sparse_adapter import SparseAdapterConfig
-from emberfed.records import ACTIVATION_COUNTS, Bundle, FitResult, Payload, Reply
+from emberfed.records import ACTIVATION_COUNTS, Bundle, FitResult, Json, Payload, Reply
 from emberfed.sections import Section
 from emberfed.seeds import Seeds
 from emberfed.training import Trainer
@@ -554,24 +554,56 @@ def test_a_clients_own_model(setting: Setting) -> None:
         assert setting.method.config.rank > 4, "the tier's rank is below the global one"
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_every_engine_gives_the_same_bits(method: str, folders: Made, data_of: Made, tmp_path: Path) -> None:
+ELSEWHERE = {"pool": {"processes": 2}, "flower_simulation": {"processes": 2}}
+"""Engines whose clients are in processes of their own, which take long to start, with their options."""
+DEPLOYED = [name for name in engine_names() if load_engine(name).deployed]
+"""Their clients have data of their own: tests/test_deployment.py."""
+PAIRS = [
+    pytest.param(method, engine, marks=[pytest.mark.slow] if engine in ELSEWHERE and method != "flux" else [])
+    for method in method_names()
+    for engine in engine_names()
+    if engine != "local" and engine not in DEPLOYED
+]
+
+
+@pytest.mark.parametrize(("method", "engine"), PAIRS)
+def test_every_engine_gives_the_same_bits(
+    method: str, engine: str, folders: Made, data_of: Made, tmp_path: Path, local_runs: Callable[[str], Same]
+) -> None:
+    values = same_config(method, folders, data_of)
+    run = emberfed.run({**values, "engine": {"name": engine, **ELSEWHERE.get(engine, {})}}, output=tmp_path / engine)
+    personal = [line for line in run.metrics() if line["event"] == "personal"]
+    assert (bits(run.path), personal) == local_runs(method)
+    assert len(personal) == 2 * 4
+
+
+Same = tuple[dict[str, str], list[Json]]
+
+
+def same_config(method: str, folders: Made, data_of: Made) -> dict[str, Any]:
     family = next(family for family in ("vit", "olmoe") if refusal(family, method) is None)
     task = load_family(family).task
-    digests = {}
-    for engine in engine_names():
-        values = config(
-            folders(family),
-            data_of(task),
-            method={"name": method},
-            data={"task": task, "client_test_share": 0.3},
-            training={"rounds": 2},
-            evaluation={"every": 0, "max_examples": 2},
-            engine={"name": engine},
-        )
-        run = emberfed.run(values, output=tmp_path / engine)
-        personal = [line for line in run.metrics() if line["event"] == "personal"]
-        digests[engine] = bits(run.path), personal
-    assert all(found == digests["local"] for found in digests.values())
-    assert len(digests) == len(engine_names()) >= 2
-    assert len(digests["local"][1]) == 2 * 4
+    return config(
+        folders(family),
+        data_of(task),
+        method={"name": method},
+        data={"task": task, "client_test_share": 0.3},
+        model={"threads": 1},
+        training={"rounds": 2},
+        evaluation={"every": 0, "max_examples": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def local_runs(folders: Made, data_of: Made, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Same]:
+    """What the local engine makes of a method, run once."""
+    known: dict[str, Same] = {}
+
+    def made(method: str) -> Same:
+        if method not in known:
+            values = same_config(method, folders, data_of)
+            run = emberfed.run(values, output=tmp_path_factory.mktemp("local") / method)
+            known[method] = bits(run.path), [line for line in run.metrics() if line["event"] == "personal"]
+        return known[method]
+
+    return made

@@ -19,7 +19,7 @@ from emberfed.config import parse
 from emberfed.data.shard import Shard
 from emberfed.evaluation import EvaluationConfig
 from emberfed.evaluation.classes import Choice, ClassScore, evaluate, summarise
-from emberfed.material import Material
+from emberfed.material import Divided, Material
 from emberfed.models.foundation_model import FoundationModel
 from emberfed.models.head import initial_head
 from emberfed.models.sparse_adapter import attached
@@ -92,7 +92,8 @@ def test_a_model_that_knows_nothing_has_the_loss_of_guessing(material: Material)
 def test_classes_have_the_names_and_numbers_of_the_data(material: Material) -> None:
     scores, choices = evaluate(material.model, material.test, EvaluationConfig())
     assert [choice.label for choice in choices] == [example.label for example in material.test.examples]
-    held_out = material.corpus.test["category"]
+    assert isinstance(material.members, Divided)
+    held_out = material.members.corpus.test["category"]
     assert {name: score.examples for name, score in scores.categories.items()} == {
         name: held_out.count(name) for name in CLASSES if name in held_out
     }

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
-from emberfed import assembly, clients, config, events, federated_experts, provenance, rounds, storage
+from emberfed import assembly, clients, config, deployment, events, federated_experts, provenance, rounds, storage
 from emberfed.checkpoint import RunFolder, check_free
 from emberfed.config import RunConfig
+from emberfed.engines.local import LocalConfig, LocalEngine
 from emberfed.errors import ConfigError, RunFolderError
 from emberfed.material import Material
 from emberfed.models import merging, peft_layout, sparse_adapter_files
@@ -20,6 +21,7 @@ from emberfed.models.loading import cpu_threads
 from emberfed.models.sparse_adapter import SparseAdapterConfig
 from emberfed.records import Json
 from emberfed.report import write_report
+from emberfed.rounds import Federation
 from emberfed.sections import override
 
 
@@ -60,12 +62,13 @@ def run(
 
 def begin(checked: RunConfig, path: Path, materials: assembly.Materials, listen: events.Listener) -> Run:
     """Run a federation from start to report in a folder that is absent or empty. Raises: EmberfedError."""
+    _check_here(checked)
     check_free(path)
     with cpu_threads(checked.model.threads):
         material = materials.gather(checked)
         folder = assembly.start(checked, path, material)
         with folder.locked():
-            return _carry_out(checked, folder, material, listen)
+            return carry_out(assembly.federate(checked, folder, material, listen), folder, listen)
 
 
 def resume(path: str | Path, *, rounds: int | None = None, listen: events.Listener = events.ignore) -> Run:
@@ -95,9 +98,10 @@ def go_on(checked: RunConfig, folder: RunFolder, materials: assembly.Materials, 
     Raises:
         EmberfedError: one of its kinds; also if settings, data or model are not those the run began with.
     """
+    _check_here(checked)
     with _reopened(folder, checked, materials) as material:
         storage.write(folder.path / "config.yaml", checked.yaml().encode())
-        return _carry_out(checked, folder, material, listen)
+        return carry_out(assembly.federate(checked, folder, material, listen), folder, listen)
 
 
 def evaluate(
@@ -139,7 +143,8 @@ def evaluate(
         round, state, problems = found
         for problem in problems:
             listen(events.Notice("warning", f"{problem}; evaluating round {round}"))
-        federation = assembly.federate(checked, folder, material, listen)
+        engine = LocalEngine(LocalConfig(), assembly.worker(checked, folder.path, material.here, listen))
+        federation = assembly.federation(checked, material, assembly.method(checked, listen), engine)
         if tiers:
             budgets = clients.resolve(tiers, material.model.native_top_k, material.model.largest_top_k)
             federation = replace(federation, evaluated=tuple(budgets))
@@ -285,10 +290,20 @@ def _reopened(folder: RunFolder, checked: RunConfig, materials: assembly.Materia
     """Hold an existing run, with the material it began with. Raises: EmberfedError."""
     provenance.check_same_settings(folder, checked)
     with folder.locked(), cpu_threads(checked.model.threads):
-        material = materials.gather(checked)
+        deployed = deployment.is_one(folder)
+        material = deployment.reopened(checked, folder) if deployed else materials.gather(checked)
         provenance.check_same_data(folder, material)
         provenance.check_same_model(folder, material.model)
         yield material
+
+
+def _check_here(checked: RunConfig) -> None:
+    """Check that clients are on this machine. Raises: ConfigError."""
+    if checked.engine_type.deployed:
+        raise ConfigError(
+            f"engine {checked.engine_name} has clients on other machines: start it with `emberfed server CONFIG "
+            f"--output RUN`, which also goes on with a run that began"
+        )
 
 
 def _config(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str]) -> RunConfig:
@@ -297,8 +312,8 @@ def _config(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[s
     return config.load(None if source is None else Path(source), overrides)
 
 
-def _carry_out(checked: RunConfig, folder: RunFolder, material: Material, listen: events.Listener) -> Run:
-    federation = assembly.federate(checked, folder, material, listen)
+def carry_out(federation: Federation, folder: RunFolder, listen: events.Listener) -> Run:
+    """Run the rounds that are missing, release the engine, and write the report. Raises: EmberfedError."""
     try:
         rounds.run(federation, folder, listen)
     finally:

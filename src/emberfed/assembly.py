@@ -21,7 +21,7 @@ from emberfed.data.shard import Shard
 from emberfed.engine import Engine
 from emberfed.errors import ConfigError, DataError
 from emberfed.evaluation import Score, Scores
-from emberfed.material import Divided, Material
+from emberfed.material import ClientsHere, Divided, Material
 from emberfed.method import Method
 from emberfed.models.config import ModelConfig
 from emberfed.models.foundation_model import FoundationModel
@@ -54,7 +54,7 @@ class Materials:
         return Material(
             model=model,
             processor=data.processor,
-            corpus=data.corpus,
+            classes=data.corpus.classes,
             test=data.test,
             shards=data.shards,
             held_out=data.held_out,
@@ -165,7 +165,7 @@ def federate(
     config: RunConfig, folder: RunFolder, material: Material, listen: events.Listener = events.ignore
 ) -> Federation:
     """Put the parts together, with the clients whose data is here."""
-    clients_here = worker(config, folder.path, material, listen)
+    clients_here = worker(config, folder.path, material.here, listen)
     engine = config.engine_type(config.engine, clients_here, WorkerRecipe(config, folder.path, Path.cwd()))
     return federation(config, material, method(config, listen), engine)
 
@@ -197,25 +197,25 @@ def method(config: RunConfig, listen: events.Listener = events.ignore) -> Method
     return config.method_type(config.method, config.adapter, Trainer(config.training, listen))
 
 
-def worker(config: RunConfig, folder: Path, material: Material, listen: events.Listener = events.ignore) -> Worker:
-    """Return who answers for the clients whose data is here.
+def worker(config: RunConfig, folder: Path, here: ClientsHere, listen: events.Listener = events.ignore) -> Worker:
+    """Return who answers for clients.
 
     Args:
         config: The configuration.
         folder: Where they keep their memories: the run's, or a client's own.
-        material: Their model and data.
+        here: Their model and data.
         listen: Hears of training.
     """
     task = config.task
 
     def assess(client: str, model: FoundationModel) -> Scores[Score]:
-        return task.evaluate(model, material.processor, material.held_out[client], config.evaluation, _unheard)
+        return task.evaluate(model, here.processor, here.held_out[client], config.evaluation, _unheard)
 
     return Worker(
         method=method(config, listen),
-        model=material.model,
-        clients={client.id: client for client in material.clients},
-        shards=material.shards.__getitem__,
+        model=here.model,
+        clients={client.id: client for client in here.clients},
+        shards=here.shards.__getitem__,
         memory=MemoryFolder(folder / "memory"),
         seeds=Seeds(config.seed),
         assess=assess,
@@ -245,7 +245,7 @@ class WorkerRecipe:
         """
         os.chdir(self.directory)
         with cpu_threads(self.config.model.threads):
-            yield worker(self.config, self.folder, gather(self.config))
+            yield worker(self.config, self.folder, gather(self.config).here)
 
 
 def _unheard(done: int, total: int) -> None:

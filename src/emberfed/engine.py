@@ -55,9 +55,11 @@ class Engine(ABC):
 
     Attributes:
         Config: The options of the `engine` section.
+        deployed: Whether clients are on machines of their own, with data of their own; `emberfed server` then runs it.
     """
 
     Config: ClassVar[type[Section]]
+    deployed: ClassVar[bool] = False
 
     def __init__(self, config: Any, clients: Clients, recipe: Recipe | None = None) -> None:
         """Take what an engine works with.
@@ -89,9 +91,12 @@ class Engine(ABC):
 
 def engine_names() -> list[str]:
     """Return the names that `load_engine` takes."""
-    return plugins.names("emberfed.engines")
+    return [name.replace("_", "-") for name in plugins.names("emberfed.engines")]
 
 
 def load_engine(name: str) -> type[Engine]:
-    """Return the engine of that name. Raises: ConfigError listing what exists if it is unknown."""
-    return plugins.load("emberfed.engines", name, Engine)  # type: ignore[type-abstract]
+    """Return the engine of that name, whose file has `_` for `-`.
+
+    Raises: ConfigError listing what exists if it is unknown, or naming the extra that is not installed.
+    """
+    return plugins.load("emberfed.engines", str(name).replace("-", "_"), Engine)  # type: ignore[type-abstract]

@@ -29,13 +29,33 @@ class Members(Protocol):
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
+class ClientsHere:
+    """Clients whose data is in this process, and the model they share.
+
+    Attributes:
+        model: The model.
+        processor: What made its inputs of records.
+        clients: The clients.
+        shards: What each trains on, by its id.
+        held_out: What each keeps for evaluating its own model; empty if `data.client_test_share` is 0.
+    """
+
+    model: FoundationModel
+    processor: Any
+    clients: tuple[Client, ...]
+    shards: Mapping[str, Shard]
+    held_out: Mapping[str, Shard]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
 class Material:
     """Model and data of a configuration, loaded and made into examples.
 
     Attributes:
         model: The model.
         processor: What made its inputs of records.
-        corpus: The records that are here; where clients have data of their own, only `test` and `classes` are used.
+        classes: Names of the classes, in the order of their numbers; empty if the task has none.
         test: Held out on the server, as examples.
         shards: What each client trains on, by its id; empty where clients have data of their own.
         held_out: What each client keeps for evaluating its own model; empty too if `data.client_test_share` is 0.
@@ -46,13 +66,18 @@ class Material:
 
     model: FoundationModel
     processor: Any
-    corpus: Corpus
+    classes: tuple[str, ...]
     test: Shard
     shards: Mapping[str, Shard]
     held_out: Mapping[str, Shard]
     members: Members
     clients: tuple[Client, ...]
     budgets: tuple[Budget, ...]
+
+    @property
+    def here(self) -> ClientsHere:
+        """The clients, where their data is here."""
+        return ClientsHere(self.model, self.processor, self.clients, self.shards, self.held_out)
 
 
 @final

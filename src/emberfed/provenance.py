@@ -116,7 +116,7 @@ def describe(config: RunConfig, name: str, material: Material) -> dict[str, Json
         "versions": versions(),
         "hardware": hardware(),
         "metric": config.task.metric.key,
-        **({"classes": list(material.corpus.classes)} if material.corpus.classes else {}),
+        **({"classes": list(material.classes)} if material.classes else {}),
         "experts": config.method_type.experts,
         "model": {"path": config.model.path, **identity(material.model)},
         "data": material.members.totals(),

@@ -22,7 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at data.", no_args_is_help=True, epilog="Example: emberfed data inspect config.yaml")
+data_app = typer.Typer(
+    help="Look at data, or hand it out.", no_args_is_help=True, epilog="Example: emberfed data inspect config.yaml"
+)
 app.add_typer(data_app, name="data")
 
 Config = Annotated[Path | None, typer.Argument(help="A configuration file; none: the built-in quickstart.")]
@@ -295,6 +297,22 @@ def inspect(config: Config = None, overrides: Overrides = None, as_json: AsJson 
         output(as_json).result(inspection.json(), *division.tables(inspection))
 
 
+@data_app.command("split", epilog="Example: emberfed data split config.yaml --output parts")
+def split(
+    folder: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write, absent or empty.")],
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write each client's part of the data into a folder of its own, for `emberfed client --data`."""
+    with output(as_json).errors():
+        from emberfed import config as configuration
+        from emberfed.cli import split as splitting
+
+        parts = splitting.split(configuration.load(config, overrides or ()), folder)
+        output(as_json).result(splitting.document(parts, folder), *splitting.tables(parts, folder))
+
+
 @app.command(epilog="Example: emberfed plan config.yaml --set adapter.rank=16")
 def plan(config: Config = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Count what each tier would need: FLOPs, memory and traffic. Nothing is trained or written."""
@@ -334,6 +352,104 @@ def doctor(
         output(as_json).result({**document, **own}, tables.checks(found), *tables.memory(memory), *shown)
         if any(check.state == "broken" for check in found):
             raise typer.Exit(1)
+
+
+Certificates = Annotated[
+    Path | None, typer.Option("--certificates", metavar="DIR", help="This side's folder, of `emberfed certificates`.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Without certificates: nothing is encrypted, and names are believed.")
+]
+
+
+@app.command(epilog="Example: emberfed server config.yaml --output runs/ours --certificates certificates/server")
+def server(
+    folder: Annotated[
+        Path,
+        typer.Option("--output", metavar="DIR", help="The run's folder; one of a run that began is gone on with."),
+    ],
+    config: Config = None,
+    overrides: Overrides = None,
+    certificates: Certificates = None,
+    insecure: Insecure = False,
+    state: Annotated[
+        Path, typer.Option(metavar="DIR", help="What the server keeps beside runs. Servers with one share a SuperLink.")
+    ] = Path("emberfed-server"),
+    host: Annotated[str | None, typer.Option(help="The interface to listen on; none: all (engine.host).")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Its port; none: 9092 (engine.port).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a federation whose clients are on other machines, or go on with one; their data stays there."""
+    with output(as_json).errors():
+        from emberfed.cli import deployment, training
+
+        listening = [f"engine.{key}={value}" for key, value in (("host", host), ("port", port)) if value is not None]
+        summary = deployment.serve(
+            config,
+            [*(overrides or ()), *listening],
+            output=folder,
+            state=state,
+            certificates=certificates,
+            insecure=insecure,
+        )
+        training.show(output(as_json), summary)
+
+
+@app.command(epilog="Example: emberfed client config.yaml --data ours.jsonl --server example.org:9092 --tier laptop")
+def client(
+    data: Annotated[Path, typer.Option("--data", metavar="PATH", help="This client's data: a folder or a file.")],
+    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Where the server is.")],
+    config: Config = None,
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="This client's name at the server; none: that of its folder of certificates.")
+    ] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="Which of clients.tiers this machine is on; see `doctor --measure`.")
+    ] = None,
+    certificates: Certificates = None,
+    insecure: Insecure = False,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What the client remembers; none: emberfed-client-NAME.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long a server that is not there is waited for.")
+    ] = 600.0,
+) -> None:
+    """Take part in a federation with this machine's data, until stopped."""
+    with output(False).errors():
+        from emberfed.cli import deployment
+
+        deployment.join(
+            config,
+            overrides or (),
+            data=data,
+            server=server,
+            name=name,
+            tier=tier,
+            state=state,
+            certificates=certificates,
+            insecure=insecure,
+            patience_seconds=patience,
+        )
+
+
+@app.command(epilog="Example: emberfed certificates certificates --server example.org --client anna --client ben")
+def certificates(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where; an existing one gets more clients.")],
+    servers: Annotated[
+        list[str] | None, typer.Option("--server", metavar="HOST", help="A name or address that clients dial.")
+    ] = None,
+    clients: Annotated[list[str] | None, typer.Option("--client", metavar="NAME", help="A client's name.")] = None,
+    days: Annotated[int, typer.Option(min=1, help="How long the server's certificate is valid.")] = 365,
+    as_json: AsJson = False,
+) -> None:
+    """Make a federation's certificates and keys: a folder for the server, and one for each client."""
+    with output(as_json).errors():
+        from emberfed.cli import certificates as making
+
+        document, shown = making.make(folder, servers or (), clients or (), days)
+        output(as_json).result(document, *shown)
 
 
 @app.command(epilog="Example: emberfed init federation.yaml")

@@ -238,7 +238,7 @@ class Lines(Display):
             told = f", {self.position.plan.headline.title} {scores}" if scores else ""
             return f"{name}: done in {numbers.seconds(event.seconds)}{told}"
         if isinstance(event, events.Notice):
-            return f"{event.level}: {event.message}"
+            return _told(event)
         return None
 
 
@@ -340,8 +340,12 @@ def _lasting(event: events.Event) -> Text | None:
     if isinstance(event, events.ClientDone) and event.problem is not None:
         return Text(f"round {event.round}: client {event.client} {event.problem}", style="yellow")
     if isinstance(event, events.Notice):
-        return Text(f"{event.level}: {event.message}", style="yellow" if event.level == "warning" else "")
+        return Text(_told(event), style="yellow" if event.level == "warning" else "")
     return None
+
+
+def _told(notice: events.Notice) -> str:
+    return notice.message if notice.level == "info" else f"{notice.level}: {notice.message}"
 
 
 def _number(count: int, what: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar, final
 
-from emberfed.errors import Interrupted, RoundFailed, StorageError
+from emberfed.errors import EngineError, Interrupted, RoundFailed, StorageError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 E = TypeVar("E")
@@ -70,18 +70,22 @@ class Stop:
 
 
 @contextmanager
-def resumable(run: Path) -> Iterator[None]:
-    """Say how to go on with a run that ended early. Raises: Interrupted, RoundFailed, StorageError."""
+def resumable(run: Path, command: str | None = None) -> Iterator[None]:
+    """Say how to go on with a run that ended early: by `command`, or `emberfed resume`.
+
+    Raises: Interrupted, RoundFailed, StorageError, EngineError.
+    """
+    command = resume_command(run) if command is None else command
     try:
         yield
     except KeyboardInterrupt:
         if not _begun(run):
             raise Interrupted("stopped; nothing was written. Start again with the same command") from None
-        raise Interrupted(f"stopped; finished clients are kept. Go on with: {resume_command(run)}") from None
-    except (RoundFailed, StorageError) as error:
+        raise Interrupted(f"stopped; finished clients are kept. Go on with: {command}") from None
+    except (RoundFailed, StorageError, EngineError) as error:
         if not _begun(run):
             raise
-        raise type(error)(f"{error}. Go on with: {resume_command(run)}") from error
+        raise type(error)(f"{error}. Go on with: {command}") from error
 
 
 def resume_command(run: Path) -> str:

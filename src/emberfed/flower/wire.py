@@ -25,11 +25,11 @@ _QUESTIONS: Mapping[str, type[Job | Assessment | Survey]] = {"job": Job, "assess
 @final
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a server asks a client before its first question.
+    """What a server says of itself: alone, a request that the client describes itself; and with every question.
 
     Attributes:
         run: The run's identity; a client's memory belongs to one run.
-        expected: What the server has, for the client to compare with and to work with.
+        expected: What the server has (versions, model, settings), for the client to compare with and to work with.
     """
 
     run: str
@@ -42,12 +42,12 @@ class Asked:
     """A question on its way to a client.
 
     Attributes:
-        run: The run's identity.
+        hello: Who asks; a client that was started anew needs it as much as one that is asked for the first time.
         tier: The name of the tier that the client is on.
         question: The question.
     """
 
-    run: str
+    hello: Hello
     tier: str
     question: Question
 
@@ -63,23 +63,24 @@ class Description:
 def asked(message: Hello | Asked) -> RecordDict:
     """Return what is sent to a client."""
     if isinstance(message, Hello):
-        return _content({"kind": "hello", "run": message.run, "body": json.dumps(dict(message.expected))})
+        return _content({"kind": "hello", **_introduction(message)})
     question = message.question
     kind = next(name for name, of in _QUESTIONS.items() if isinstance(question, of))
-    head = {"run": message.run, "tier": message.tier, "round": question.round, "client": question.client}
-    return _content({"kind": kind, **head}, question.download)
+    head = {"tier": message.tier, "round": question.round, "client": question.client}
+    return _content({"kind": kind, **_introduction(message.hello), **head}, question.download)
 
 
 def read_asked(content: RecordDict) -> Hello | Asked:
     """Inverse of `asked`. Raises: RunFolderError if the content is nothing that a server sends."""
     head = _head(content)
     kind = head.get("kind")
+    hello = Hello(_text(head, "run"), _object(head))
     if kind == "hello":
-        return Hello(_text(head, "run"), _object(head))
+        return hello
     if not isinstance(kind, str) or kind not in _QUESTIONS:
         raise RunFolderError(f"a server asked for {kind!r}, which this version of emberfed does not know")
     question = _QUESTIONS[kind](_number(head, "round"), _text(head, "client"), _payload(content))
-    return Asked(_text(head, "run"), _text(head, "tier"), question)
+    return Asked(hello, _text(head, "tier"), question)
 
 
 def answered(message: Description | Reply | ClientFailed) -> RecordDict:
@@ -106,6 +107,10 @@ def read_answered(content: RecordDict) -> Description | Reply | ClientFailed:
     if not all(type(value) in (int, float) for value in measured.values()):
         raise RunFolderError("a client's measurements are not numbers")
     return Reply(_number(head, "round"), _text(head, "client"), _payload(content), measured)
+
+
+def _introduction(hello: Hello) -> dict[str, str]:
+    return {"run": hello.run, "body": json.dumps(dict(hello.expected))}
 
 
 def _content(head: Mapping[str, Any], payload: bytes | None = None) -> RecordDict:
