@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from benchmarks import aggregation, clients_memory, clock, expert_merging, profiling, routed_lora, sparse_adapter
+from benchmarks import (
+    aggregation,
+    clients_memory,
+    clock,
+    expert_merging,
+    flower_wire,
+    pool,
+    profiling,
+    routed_lora,
+    sparse_adapter,
+)
 
 if __name__ == "__main__":
     routed_lora.main()
@@ -12,3 +22,5 @@ if __name__ == "__main__":
     clock.main()
     profiling.main()
     expert_merging.main()
+    pool.main()
+    flower_wire.main()

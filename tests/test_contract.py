@@ -554,7 +554,7 @@ def test_a_clients_own_model(setting: Setting) -> None:
         assert setting.method.config.rank > 4, "the tier's rank is below the global one"
 
 
-ELSEWHERE = {"pool": {"processes": 2}, "flower_simulation": {"processes": 2}}
+ELSEWHERE = {"pool": {"processes": 2}, "flower-simulation": {"processes": 2}}
 """Engines whose clients are in processes of their own, which take long to start, with their options."""
 DEPLOYED = [name for name in engine_names() if load_engine(name).deployed]
 """Their clients have data of their own: tests/test_deployment.py."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -156,11 +157,13 @@ def question(client: str, round: int = 3) -> Job:
 
 def good(heard: Asked) -> RecordDict:
     asked_ = heard.question
-    return answered(Reply(asked_.round, asked_.client, b"up " + asked_.download, {"seconds": 1.0}))
+    return answered(
+        Reply(asked_.round, asked_.client, b"up " + asked_.download, {"seconds": 1.0, "peak_memory_bytes": 2.0})
+    )
 
 
 def expected(client: str) -> Reply:
-    return Reply(3, client, f"up down {client}".encode(), {"seconds": 1.0})
+    return Reply(3, client, f"up down {client}".encode(), {"seconds": 1.0, "peak_memory_bytes": 2.0})
 
 
 def federation(**nodes: _Node) -> tuple[_Clock, _Network]:
@@ -256,7 +259,7 @@ def test_a_late_reply_is_never_fetched() -> None:
     assert "no reply" in reason(late)
     network.by_client["a"].takes_seconds = 50.0
     (reply,) = talk.map([question("a", round=4)])
-    assert reply == Reply(4, "a", b"up down a", {"seconds": 1.0})
+    assert reply == Reply(4, "a", b"up down a", {"seconds": 1.0, "peak_memory_bytes": 2.0})
     assert "m0" in network.replies
 
 
@@ -353,6 +356,10 @@ def test_a_node_that_comes_and_goes_fails_at_its_deadline() -> None:
 # ------------------------------------------------------------------------------------------ bad answers
 
 
+def _measuring(measured: Mapping[str, float]) -> Answer:
+    return lambda heard: answered(Reply(3, "a", b"x", measured))
+
+
 def _other(round: int, client: str) -> Answer:
     return lambda heard: answered(Reply(round, client, b"x", {}))
 
@@ -366,6 +373,11 @@ def _other(round: int, client: str) -> Answer:
         (lambda heard: answered(ClientFailed(3, "a", "sleepless")), "sleepless"),
         (lambda heard: answered(Description({"version": "1"})), "described itself"),
         (lambda heard: RecordDict(), "without emberfed's record"),
+        (_measuring({"seconds": 1.0}), "it measured seconds, not peak_memory_bytes, seconds"),
+        (_measuring({"seconds": 1.0, "peak_memory_bytes": 2.0, "examples": 9.0}), "it measured examples"),
+        (_measuring({"seconds": math.nan, "peak_memory_bytes": 2.0}), "not numbers from 0"),
+        (_measuring({"seconds": -1.0, "peak_memory_bytes": 2.0}), "not numbers from 0"),
+        (lambda heard: answered(ClientFailed(3, "a", "no\n\x1b[31mway")), "no [31mway"),
         (lambda heard: asked(Hello("x", {})), "answered with 'hello'"),
     ],
 )
@@ -374,6 +386,13 @@ def test_an_answer_to_something_else_is_a_failure_of_the_client_that_was_asked(a
     replies = list(conversation(clock, network).map([question("a"), question("b")]))
     assert words in reason(replies[0])
     assert (replies[0].client, replies[1]) == ("a", expected("b"))
+
+
+def test_pages_of_reasons_are_cut_to_a_line() -> None:
+    clock, network = federation(a=_Node(lambda heard: answered(ClientFailed(3, "a", "\n\x1b[31mred" * 10**6))))
+    (failed,) = conversation(clock, network).map([question("a")])
+    assert reason(failed).isprintable()
+    assert len(reason(failed)) < 1100
 
 
 def test_a_second_answer_is_not_fetched() -> None:

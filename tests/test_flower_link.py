@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NodeStatus
+from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -46,7 +48,7 @@ from emberfed.flower import certificates
 from emberfed.flower.arriving import Arriving
 from emberfed.flower.conversation import Lost
 from emberfed.flower.introduction import PATH, Introduction, introduce
-from emberfed.flower.link import DeploymentConfig, SuperLinkLink, open_link
+from emberfed.flower.link import DeploymentConfig, SuperLinkLink, _client, _Told, open_link
 from emberfed.flower.server_state import SECRET_HEADER, Running, ServerState, Serving, free
 from emberfed.flower.superlink import FleetOnly, Nodes, SecretOnly
 
@@ -116,12 +118,10 @@ def asked(**what: Any) -> RecordDict:
 
 def answer_to(link: SuperLinkLink, message: str) -> RecordDict | Lost:
     """Wait for a reply."""
-
-    def look() -> RecordDict | Lost | None:
+    while (found := link.pull(message)) is None:
         link.nodes()
-        return link.pull(message)
-
-    return eventually(look)
+        time.sleep(0.1)
+    return found
 
 
 def echo(link: SuperLinkLink, node: int, **what: Any) -> dict[str, Any]:
@@ -147,6 +147,7 @@ class Federation:
     certificates: Path
     link: SuperLinkLink
     told: list[Event]
+    node: int
 
     @property
     def alice(self) -> int:
@@ -165,8 +166,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         link = open_link(settings(port), folder / "state", server, told.append)
         stack.callback(link.close)
         address = f"{LOOPBACK}:{port}"
-        stack.enter_context(echo_node(address, folder / "certificates" / "alice", "alice", folder / "alice"))
-        yield Federation(port, folder / "state", server, link, told)
+        alice = echo_node(address, folder / "certificates" / "alice", "alice", folder / "alice")
+        node = stack.enter_context(alice)
+        yield Federation(port, folder / "state", server, link, told, node.pid)
     assert free(ServerState(folder / "state" / "superlink").alive)
 
 
@@ -248,8 +250,6 @@ def test_a_run_that_flower_gave_up_is_begun_anew(federation: Federation) -> None
 @contextmanager
 def control(port: int, secret: str) -> Iterator[Any]:
     """Give a client of Flower's Control API."""
-    from emberfed.flower.link import ControlHttpClient, _client, _Told
-
     client = _client(ControlHttpClient, port, [_Told(SECRET_HEADER, secret)])
     try:
         yield client
@@ -268,6 +268,31 @@ def test_a_client_whose_key_comes_later_is_let_in_and_one_whose_key_goes_is_not(
         key.unlink()
         eventually(lambda: True if "carol" not in federation.link.nodes() else None)
         assert isinstance(federation.link.pull(federation.link.push(carol, asked(number=2), 60.0)), Lost)
+
+
+def test_a_node_that_was_killed_and_is_back_has_forgotten_its_message(federation: Federation) -> None:
+    message = federation.link.push(federation.alice, asked(number=1, wait=2.0), 900.0)
+    eventually(lambda: True if delivered(federation, message) else None)
+    os.kill(child_of(federation.node), signal.SIGKILL)  # its SuperNode, which it starts again
+    lost = answer_to(federation.link, message)
+    assert isinstance(lost, Lost)
+    assert lost.away
+    assert echo(federation.link, federation.alice, number=2)["number"] == 2
+
+
+def child_of(process: int) -> int:
+    """Return the one process that another has started."""
+    found = [file.read_text().split() for file in Path(f"/proc/{process}/task").glob("*/children")]
+    (child,) = (int(number) for numbers in found for number in numbers)
+    return child
+
+
+def delivered(federation: Federation, message: str) -> bool:
+    """Tell whether a node has fetched a message."""
+    with sqlite3.connect(federation.state / "superlink" / "superlink.db") as database:
+        found = database.execute("SELECT delivered_at FROM message_ins WHERE message_id = ?", [message]).fetchone()
+    database.close()
+    return bool(found[0])
 
 
 def test_a_stranger_on_the_public_port_reaches_no_route_but_the_nodes(federation: Federation) -> None:
@@ -534,8 +559,12 @@ def test_a_reply_whose_pieces_stop_coming_leaves_nothing_behind(tmp_path: Path) 
 def test_what_is_no_message_is_refused(tmp_path: Path) -> None:
     content = asked(number=3)
     objects = {one: found.deflate() for one, found in get_all_nested_objects(content).items()}
-    with pytest.raises(TypeError, match="not a message"):
+    with pytest.raises(ValueError, match="TypeError: not a message"):
         Arriving(content.object_id, objects.get, tmp_path).content()
+    truncated = content.config_records["asked"].deflate()[:-1] + b"\xff"
+    for junk in (b"", b"junk", truncated, b"Stranger  0\x00"):
+        with pytest.raises(ValueError):
+            Arriving("junk", {"junk": junk}.get, tmp_path).content()
 
 
 def test_what_a_server_serves_is_written_as_an_address() -> None:

@@ -45,12 +45,13 @@ class _Clients(Clients):
             raise StorageError("could not write: no space left")
         if word == "ill":
             return ClientFailed(question.round, question.client, "sleepless")
-        if word == "meet":  # ends only once another client is at work, in another process
+        if word == "meet":  # two that meet are at work at the same time
+            self._write(question, "met")
             end = time.monotonic() + 60
-            while len(list(self._folder.glob("* began"))) < 2 and time.monotonic() < end:
+            while len(list(self._folder.glob("* met"))) < 2 and time.monotonic() < end:
                 time.sleep(0.05)
         upload = f"{question.client} {os.getpid()} {torch.get_num_threads()}".encode()
-        return Reply(question.round, question.client, upload, {"seconds": 1.0})
+        return Reply(question.round, question.client, upload, {"seconds": 1.0, "peak_memory_bytes": 1.0})
 
     def idle(self, question: Question, /) -> float:
         if (self._folder / "full").exists():
@@ -110,6 +111,8 @@ def test_a_federation_in_ray_s_processes(tmp_path: Path) -> None:
     """One engine through its life: replies, rest, failures, a process that is killed, and nothing left in the end."""
     here = psutil.Process()
     environment, before = dict(os.environ), {child.pid for child in here.children(recursive=True)}
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     sim = engine(tmp_path, processes=2)
     try:
         replies = list(sim.map(jobs(["meet", "meet", "ill", *["work"] * 7])))
@@ -121,6 +124,8 @@ def test_a_federation_in_ray_s_processes(tmp_path: Path) -> None:
         assert {words[2] for words in told} == {str(torch.get_num_threads())}
         assert listening(here) <= {"127.0.0.1", "::1"}
         assert dict(os.environ) == environment
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
 
         assert list(sim.map([])) == []
         assert len(list(tmp_path.glob("1 * rested"))) == 10
@@ -136,21 +141,23 @@ def test_a_federation_in_ray_s_processes(tmp_path: Path) -> None:
         assert "\n" not in dead.reason
         replies = list(sim.map(jobs(["work"] * 6, round=3)))
         assert all(isinstance(reply, Reply) for reply in replies), replies
-        assert len(list(tmp_path.glob("opened *"))) == 3, "once in each process, and in the one that took its place"
-
+        assert len(list(tmp_path.glob("opened *"))) == 4, (
+            "once in each process, and in two after that in which the client died, and died again"
+        )
         with pytest.raises(StorageError, match="no space left"):
-            list(sim.map(jobs(["work", "full"], round=4)))
+            list(sim.map(jobs(["work", "full"], round=5)))
         (tmp_path / "full").touch()
-        list(sim.map(jobs(["work"], round=5)))
+        list(sim.map(jobs(["work"], round=6)))
         with pytest.raises(StorageError, match="no space left"):
             list(sim.map([]))
     finally:
         started = time.monotonic()
         family = [child for child in here.children(recursive=True) if child.pid not in before]
         sim.close()
+        signal.signal(signal.SIGTERM, handler)
     sim.close()
     assert time.monotonic() - started < 60
-    assert not [process for process in family if process.is_running()]
+    assert not [process for process in family if simulation._is_alive(process)]
     assert dict(os.environ) == environment
 
 

@@ -55,6 +55,7 @@ LAYERS = {
         "flower",
         "processes",
         "report",
+        "tier_choice",
         "engines",
     },
     5: {"api", "arena", "deploy"},

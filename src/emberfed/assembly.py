@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import datasets
 
@@ -236,6 +236,11 @@ class WorkerRecipe:
     config: RunConfig
     folder: Path
     directory: Path
+
+    def on(self, device: Literal["cpu", "cuda"]) -> WorkerRecipe:
+        """Return the recipe of a worker whose model is on that kind of device."""
+        model = self.config.model.model_copy(update={"device": device})
+        return replace(self, config=replace(self.config, model=model))
 
     @contextmanager
     def open(self) -> Iterator[Worker]:

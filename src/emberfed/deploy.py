@@ -17,12 +17,13 @@ from emberfed.deployment import Enrolled, Home, Roll
 from emberfed.engines.flower import Deployment, FlowerEngine
 from emberfed.errors import ConfigError, EngineError, RunFolderError
 from emberfed.flower import node
+from emberfed.flower.certificates import server_files
 from emberfed.flower.conversation import Ask, Conversation, Link, exchange
 from emberfed.flower.desk import ClientSettings as ClientSettings
 from emberfed.flower.desk import Desk
 from emberfed.flower.link import DeploymentConfig, open_link
 from emberfed.flower.node import NodeSettings
-from emberfed.flower.wire import Description, Hello, asked, read_answered
+from emberfed.flower.wire import Description, Hello, as_line, asked, read_answered
 from emberfed.models.loading import cpu_threads
 from emberfed.records import ClientFailed, Question
 from emberfed.sections import override, read_yaml
@@ -67,6 +68,8 @@ def serve(
         EmberfedError: one of its kinds; whatever was finished is on disk, and the same call goes on from it.
     """
     settings = _settings(checked)
+    if certificates is not None:
+        server_files(certificates)
     path = output.absolute()
     begun = (path / "run.json").is_file()
     if not begun:
@@ -113,6 +116,7 @@ def join(
         EmberfedError: one of its kinds.
     """
     settings = NodeSettings(server, certificates, client.name, client.state / "node", patience_seconds)
+    node.check(settings)
     with cpu_threads(checked.model.threads):
         desk = Desk(checked, client, listen)
         desk.prepare()
@@ -192,7 +196,8 @@ class _Lobby:
         ]
         content = partial(asked, Hello("0", self._home.expected))
         asks = (Ask(name, name, content) for name in fresh)
-        for name, answer in exchange(link, asks, settings.model_copy(update={"in_flight": max(len(fresh), 1)})):
+        patient = settings.model_copy(update={"in_flight": max(len(fresh), 1), "round_deadline_seconds": None})
+        for name, answer in exchange(link, asks, patient):
             self._asked_at[name] = time.monotonic()
             self._hear(name, self._read(name, answer))
 
@@ -202,7 +207,8 @@ class _Lobby:
         except RunFolderError as error:
             return str(error)
         if isinstance(found, Description):
-            return deployment.read_description(found.told, name, self._home)
+            client = deployment.read_description(found.told, name, self._home)
+            return as_line(client) if isinstance(client, str) else client
         return found if isinstance(found, str) else "it answered a question that it was not asked"
 
     def _hear(self, name: str, found: Enrolled | str) -> None:

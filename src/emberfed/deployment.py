@@ -23,6 +23,9 @@ from emberfed.training import check_possible
 KIND = "deployment"
 """Kind of the partition that partition.json tells of."""
 
+_LARGEST_COUNT = 2**53
+"""Whole numbers above it are not all exact as float64, in which weights are formed."""
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,11 +94,14 @@ def read_description(told: Mapping[str, Json], id: str, home: Home) -> Enrolled 
     tiers = [named.name for named in home.config.clients.tiers]
     if tier not in tiers:
         return f"its tier {tier!r} is not known{closest(tier, tiers)} (there are {one_of(tiers)})"
-    if not all(isinstance(key, str) and type(value) is int and value >= 0 for key, value in counts.items()):
-        return "what it counts of its data are not whole numbers"
-    if counts.get("examples", 0) < 1:
+    wanted = {*home.test.report.json(), "examples", "kept_apart"}
+    if set(counts) != wanted:
+        return f"it counts {', '.join(sorted(counts)) or 'nothing'} of its data, not {', '.join(sorted(wanted))}"
+    if not all(type(value) is int and 0 <= value <= _LARGEST_COUNT for value in counts.values()):
+        return f"what it counts of its data are not whole numbers from 0 to {_LARGEST_COUNT}"
+    if counts["examples"] < 1:
         return "it has no examples"
-    if home.config.data.client_test_share > 0 and counts.get("kept_apart", 0) < 1:
+    if home.config.data.client_test_share > 0 and counts["kept_apart"] < 1:
         return "it keeps no examples for evaluating its own model (data.client_test_share)"
     return Enrolled(id, tier, counts)
 
@@ -131,9 +137,13 @@ class Roll:
                 Enrolled(id_, one["tier"], {key: value for key, value in one.items() if type(value) is int})
                 for id_, one in kept["clients"].items()
             )
-            return Roll(kept["run"], found, kept["sha256"]["test split"])
+            roll = Roll(kept["run"], found, kept["sha256"]["test split"])
         except (KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{folder.path / 'partition.json'} is damaged ({error!r})") from None
+        texts = (roll.run, roll.test_digest, *(one.tier for one in found))
+        if not all(isinstance(text, str) for text in texts) or any("examples" not in one.counts for one in found):
+            raise RunFolderError(f"{folder.path / 'partition.json'} is damaged (a value is missing or no text)")
+        return roll
 
     def record(self) -> dict[str, Json]:
         """Return what partition.json keeps; which rows are whose, the server does not know."""
@@ -163,9 +173,15 @@ def is_one(folder: RunFolder) -> bool:
 
 
 def material(home: Home, roll: Roll) -> Material:
-    """Return what the server works with."""
+    """Return what the server works with. Raises: RunFolderError if a client's tier is none of the configuration's."""
     budgets = _budgets(home.config, home.model)
     of_tier = {budget.tier: budget for budget in budgets}
+    for one in roll.clients:
+        if one.tier not in of_tier:
+            raise RunFolderError(
+                f"client {one.id!r} joined on tier {one.tier!r}, which is not one of clients.tiers (there are "
+                f"{one_of(of_tier)}); put the tier back, or start a new run"
+            )
     return Material(
         model=home.model,
         processor=home.processor,

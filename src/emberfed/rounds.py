@@ -75,14 +75,19 @@ def run(federation: Federation, folder: RunFolder, listen: events.Listener = eve
         resumed_seconds = _seconds(inbox.records)
         listen(events.RoundStarted(round, federation.rounds, len(inbox.waiting)))
         state = _assigned(federation, state, inbox, round)
+        asking = time.perf_counter()
         for reply in federation.engine.map(inbox.jobs(method, state)):
             inbox.receive(reply)
+        asked_seconds = resumed_seconds + time.perf_counter() - asking
         uploads = inbox.close(federation.participation.min_replies)
         state = method.aggregate(state, uploads)
+        evaluating = time.perf_counter()
         evaluations = _evaluate(federation, state, round, _logged(folder, listen)) if _due(federation, round) else []
+        evaluated_seconds = time.perf_counter() - evaluating
         exported = method.export(state, model)
         seconds = time.perf_counter() - started + resumed_seconds
-        summary = _summary(round, inbox, evaluations, seconds, federation.engine.take_idle())
+        phases = _Phases(seconds, asked_seconds, evaluated_seconds)
+        summary = _summary(round, inbox, evaluations, phases, federation.engine.take_idle())
         if federation.timing is not None:
             evaluations, summary = _on_clock(federation.timing, folder, inbox, evaluations, summary)
         folder.commit(round, state, exported, [*evaluations, summary], inbox.records)
@@ -212,10 +217,22 @@ def _logged(folder: RunFolder, listen: events.Listener) -> events.Listener:
     return hear
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    """How long a round took, and how long two of its phases, by the server's clock."""
+
+    seconds: float
+    asked_seconds: float
+    evaluated_seconds: float
+
+
 def _summary(
-    round: int, inbox: Inbox, evaluations: Sequence[Mapping[str, Any]], seconds: float, idle: IdleTime
+    round: int, inbox: Inbox, evaluations: Sequence[Mapping[str, Any]], phases: _Phases, idle: IdleTime
 ) -> dict[str, Json]:
     """Return the round's line for metrics.jsonl: counted work and bytes, measured seconds and memory.
+
+    Training and evaluation are sums over clients and tiers; where clients work at the same time, a phase is shorter.
 
     Idle time is what clients did since the round before, and how much of it this round had to wait for.
     """
@@ -231,10 +248,12 @@ def _summary(
     return {
         "round": round,
         "event": "round",
-        "seconds": seconds,
+        "seconds": phases.seconds,
         "training_seconds": training,
         "evaluation_seconds": evaluation,
-        "overhead_seconds": seconds - training - evaluation,
+        "overhead_seconds": phases.seconds
+        - min(training, phases.asked_seconds)
+        - min(evaluation, phases.evaluated_seconds),
         **(
             {"idle_seconds": idle.work_seconds, "idle_waited_seconds": idle.waited_seconds} if idle.work_seconds else {}
         ),

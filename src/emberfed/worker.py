@@ -15,6 +15,7 @@ from emberfed.errors import EmberfedError, RunFolderError, StorageError
 from emberfed.evaluation import Score, Scores
 from emberfed.method import Method
 from emberfed.models.foundation_model import FoundationModel
+from emberfed.models.shared_weights import share_weights
 from emberfed.records import SCORES, Assessment, Bundle, ClientFailed, Job, Payload, Question, Reply, Survey
 from emberfed.seeds import Seeds
 
@@ -90,6 +91,13 @@ class Worker:
         self._memory = memory
         self._seeds = seeds
         self._assess = assess
+
+    def share_weights(self, file: int) -> None:
+        """Let the model's frozen weights lie in a file, given by its descriptor, that several processes map.
+
+        Raises: StorageError.
+        """
+        share_weights(self._model.lm, file)
 
     def answer(self, question: Question) -> Reply | ClientFailed:
         """Answer; whatever goes wrong on the client becomes a value, except a full disk, which stops the run."""

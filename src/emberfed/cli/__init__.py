@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -19,6 +20,7 @@ def main() -> None:
         app(prog_name="emberfed")
     finally:
         _flush()
+        gc.freeze()  # or Python looks at every object of torch's once more before it ends, for seconds
 
 
 def _quiet_libraries() -> None:

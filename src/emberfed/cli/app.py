@@ -330,8 +330,13 @@ def doctor(
     config: Config = None,
     overrides: Overrides = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure how fast this machine is, as a tier's device.")
+        bool,
+        typer.Option("--measure", help="Measure how fast this machine is, and say which tier it can afford."),
     ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="With --measure: count with this client's own data; none: with data.path."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine and the model (tiers and data: see `plan`); exit code 1 if something essential is broken."""
@@ -340,15 +345,22 @@ def doctor(
 
         from emberfed import config as configuration
         from emberfed import speed
-        from emberfed.cli import tables
+        from emberfed.cli import affording, tables
         from emberfed.cli.doctor import examine, examine_model
 
-        model, memory = examine_model(configuration.load(config, overrides or ()))
+        if data is not None and not measure:
+            raise ConfigError("--data is what --measure counts tiers with: give both, or neither")
+        checked = configuration.load(config, overrides or ())
+        free_bytes = affording.free_memory_bytes(checked)
+        model, memory = examine_model(checked)
         found = [*examine(Path("runs")), model]
+        measured = None
+        if measure:
+            device = speed.measured("measured", Path("runs"))
+            measured = affording.measured(checked, data, device, free_bytes)
+            found.append(measured.check())
         document = {"checks": [asdict(check) for check in found], "memory": [row.json() for row in memory]}
-        device = speed.measured("measured", Path("runs")) if measure else None
-        own = {} if device is None else {"device": device.model_dump(mode="json")}
-        shown = [] if device is None else [tables.device(device)]
+        own, shown = ({}, []) if measured is None else (measured.json(), measured.tables())
         output(as_json).result({**document, **own}, tables.checks(found), *tables.memory(memory), *shown)
         if any(check.state == "broken" for check in found):
             raise typer.Exit(1)

@@ -20,7 +20,7 @@ from emberfed.clock import Effort
 from emberfed.config import RunConfig
 from emberfed.costs import Work, backward_flops, forward_flops, recomputed_flops, training_flops
 from emberfed.data.shard import Batch
-from emberfed.material import Material
+from emberfed.material import ClientsHere
 from emberfed.memory import Step, TrainingMemory, training_memory, tuning_memory
 from emberfed.method import Held, Method
 from emberfed.models.compact import Compact, ExpertWork, LayerPlan
@@ -80,23 +80,28 @@ class TierPlan:
 def plan(config: RunConfig) -> tuple[TierPlan, ...]:
     """Load model and data as a run would, and count. Raises: ConfigError, DataError, ModelError."""
     material = assembly.gather(config)
+    return counted(config, material.here, material.budgets)
+
+
+def counted(config: RunConfig, here: ClientsHere, budgets: Sequence[Budget]) -> tuple[TierPlan, ...]:
+    """Count for clients that are loaded, of which each tier has at least one. Raises: ConfigError, ModelError."""
     method = config.method_type(config.method, config.adapter, Trainer(config.training))
-    state = method.init(material.model, material.budgets, Seeds(config.seed).at(purpose="init"))
-    return tuple(_tier(config, material, method, state, budget) for budget in material.budgets)
+    state = method.init(here.model, budgets, Seeds(config.seed).at(purpose="init"))
+    return tuple(_tier(config, here, method, state, budget) for budget in budgets)
 
 
-def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, budget: Budget) -> TierPlan:
-    shape = material.model.shape
-    clients = [client for client in material.clients if client.budget.tier == budget.tier]
+def _tier(config: RunConfig, here: ClientsHere, method: Method, state: Bundle, budget: Budget) -> TierPlan:
+    shape = here.model.shape
+    clients = [client for client in here.clients if client.budget.tier == budget.tier]
     download = method.dispatch(state, clients[0], 1)
     wanted, top_k = method.expects(state, download), download.content.meta["top_k"]
     adapter = _trained(wanted)
     active = download.content.meta.get("adapter_top_k", 0)
-    with method.held(material.model, download, clients[0]) as held:
+    with method.held(here.model, download, clients[0]) as held:
         steps = [
             [_whole(config.task.work(held.model, batch), active, held.compact) for batch in step]
             for client in clients
-            for step in _steps(config, material, client)
+            for step in _steps(config, here, client)
         ]
         largest = _largest(steps, config.training, active)
         memory = _memory(held, adapter, largest)
@@ -106,14 +111,14 @@ def _tier(config: RunConfig, material: Material, method: Method, state: Bundle, 
         one, times = _whole(full, active, held.compact), largest.micro_batches
         beside = 0
         for client in clients:
-            passes = [_whole(work, active, held.compact) for work in _passes(config, material, held.model, client)]
+            passes = [_whole(work, active, held.compact) for work in _passes(config, here, held.model, client)]
             beside += method.flops_beside(held, download, client, sum(passes[1:], passes[0]), adapter)
         flops = (training_flops(shape, sum(works[1:], works[0]), adapter) + beside) // len(clients)
         read = held.disk_bytes + sum(_read_bytes(held.model, work, config.training) for work in works) // len(clients)
     bytes_down, bytes_up = len(download.to_bytes()), sum(_largest_tensor(spec).nbytes for spec in wanted.values())
     last = method.dispatch(state, clients[0], config.training.rounds)
     if (wanted_last := method.expects(state, last)) != wanted:
-        with method.held(material.model, last, clients[0]) as held:
+        with method.held(here.model, last, clients[0]) as held:
             later = _memory(held, _trained(wanted_last), largest)
         memory = max(memory, later, key=lambda found: found.total_bytes)
     effort, device = Effort(flops=flops, disk_bytes=read), budget.device
@@ -150,9 +155,9 @@ def _memory(held: Held, adapter: Mapping[str, torch.Tensor], step: Step) -> Trai
     return tuning_memory(held.model, held.compact, adapter, rows, step)
 
 
-def _steps(config: RunConfig, material: Material, client: Client) -> Iterator[list[Batch]]:
+def _steps(config: RunConfig, here: ClientsHere, client: Client) -> Iterator[list[Batch]]:
     """Yield the micro batches of each of a client's steps in round 1, as `Trainer.train` forms them."""
-    training, shard = config.training, material.shards[client.id]
+    training, shard = config.training, here.shards[client.id]
     micro = training.micro_batch_size or training.batch_size
     seeds = Seeds(config.seed).at(round=1, client=client.id)
     groups = (
@@ -164,9 +169,9 @@ def _steps(config: RunConfig, material: Material, client: Client) -> Iterator[li
         yield [shard.collate(examples[start : start + micro]) for start in range(0, len(examples), micro)]
 
 
-def _passes(config: RunConfig, material: Material, model: FoundationModel, client: Client) -> Iterator[Work]:
+def _passes(config: RunConfig, here: ClientsHere, model: FoundationModel, client: Client) -> Iterator[Work]:
     """Yield the work of one pass over a client's examples, in their order."""
-    shard, size = material.shards[client.id], config.training.batch_size
+    shard, size = here.shards[client.id], config.training.batch_size
     for start in range(0, len(shard.examples), size):
         yield config.task.work(model, shard.collate(shard.examples[start : start + size]))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, final
 
+from emberfed import deployment
 from emberfed.metrics import Metric, loss_beside
 from emberfed.report import numbers
 from emberfed.report.reading import PersonalSummary, read_run
@@ -60,6 +61,7 @@ class Summary:
         peak_memory_bytes: The highest of any client or evaluation.
         personal: The clients' own models at their first and their last evaluation; nothing if there is none.
         problems: Clients' failures and refusals, one line each.
+        deployed: Whether its clients had data of their own, so that `emberfed server` alone goes on with it.
     """
 
     run: Path
@@ -75,6 +77,7 @@ class Summary:
     peak_memory_bytes: float
     personal: tuple[PersonalSummary, ...]
     problems: tuple[str, ...]
+    deployed: bool
 
     def json(self) -> dict[str, Any]:
         """Return the summary as plain values."""
@@ -119,4 +122,5 @@ def summarise(path: Path) -> Summary:
         peak_memory_bytes=largest(line.peak_memory_bytes for line in run.rounds),
         personal=(*run.personal_summaries[:1], *run.personal_summaries[1:][-1:]),
         problems=tuple(problems),
+        deployed=run.partition.kind == deployment.KIND,
     )

@@ -88,11 +88,14 @@ def problems(summary: Summary) -> Text:
 def next_steps(summary: Summary) -> Text:
     """The report's place and the next commands, ready to copy."""
     run = shlex.quote(str(summary.run))
+    evaluate = f"emberfed evaluate {run}{_every_k(summary)}"
+    resume = f"{resume_command(summary.run)} --rounds {summary.rounds + 2}"
+    first, *others = [evaluate] if summary.deployed else [resume, evaluate]
     return Text("\n").join(
         [
             Text("\nreport       ", style="bold") + Text(str(summary.report)),
-            Text("next         ", style="bold") + Text(f"{resume_command(summary.run)} --rounds {summary.rounds + 2}"),
-            Text(f"             emberfed evaluate {run}{_every_k(summary)}"),
+            Text("next         ", style="bold") + Text(first),
+            *(Text(f"             {other}") for other in others),
         ]
     )
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from threading import Event
 from typing import Any, final
 
@@ -41,7 +42,7 @@ class LocalEngine(Engine):
         answered = []
         for question in questions:
             yield self.clients.answer(question)
-            answered.append(question)
+            answered.append(replace(question, download=b""))  # idle work needs none, and they are large
         if answered:
             self._under_way = self._thread.submit(self._go_on, answered)
 

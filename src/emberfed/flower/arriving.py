@@ -6,7 +6,8 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, final
@@ -20,6 +21,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
 from emberfed import storage
+from emberfed.errors import StorageError
 
 
 @final
@@ -66,7 +68,7 @@ class Arriving:
         """Fetch what is there; return the message's content once all of it is.
 
         Raises:
-            ValueError, KeyError, TypeError: if it is not the message that Flower says it is.
+            ValueError: if it is not the message that Flower says it is.
             StorageError: if it cannot be kept.
         """
         while self._wanted:
@@ -75,20 +77,27 @@ class Arriving:
             if content is None:
                 return None
             self._wanted.popleft()
-            if wanted.pieces is None:
-                self._take(wanted.object, content)
-            else:
-                with storage.explained(self._folder):
-                    wanted.pieces.write(memoryview(content)[_head_bytes(content) :])
-        message = self._made(self.message)
-        if not isinstance(message, Message):
-            raise TypeError("not a message")
-        return message.content
+            with _understood():
+                self._keep(wanted, content)
+        with _understood():
+            message = self._made(self.message)
+            if not isinstance(message, Message):
+                raise TypeError("not a message")
+            return message.content
 
     def drop(self) -> None:
         """Let go of the files."""
         for file in self._files.values():
             file.close()
+
+    def _keep(self, wanted: _Wanted, content: bytes) -> None:
+        if wanted.pieces is None:
+            self._take(wanted.object, content)
+            return
+        body = memoryview(content)[_head_bytes(content) :]
+        with storage.explained(self._folder):
+            while body:  # a disk that is nearly full takes a part, and refuses the next
+                body = body[wanted.pieces.write(body) :]
 
     def _take(self, object_id: str, content: bytes) -> None:
         """Keep an object, and want its children next."""
@@ -115,6 +124,17 @@ class Arriving:
         data = pieces.read()
         pieces.close()
         return Array(dtype=told["dtype"], shape=tuple(told["shape"]), stype=told["stype"], data=data)
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Make one error of what Flower and protobuf raise of bytes that are none of theirs. Raises: ValueError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _head_bytes(content: bytes) -> int:

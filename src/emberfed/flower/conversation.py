@@ -6,6 +6,7 @@ every question has a deadline, and one whose node went away is asked again when 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from flwr.app import RecordDict
 from pydantic import Field
 
 from emberfed.errors import RunFolderError
-from emberfed.flower.wire import Asked, Description, Hello, asked, read_answered
-from emberfed.records import ClientFailed, Question, Reply
+from emberfed.flower.wire import Asked, Description, Hello, as_line, asked, read_answered
+from emberfed.records import Assessment, ClientFailed, Question, Reply
 from emberfed.sections import Section
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ class ConversationConfig(Section):
 
     Attributes:
         deadline_seconds: A question that is not answered so long after it was formed has failed.
+        round_deadline_seconds: So long after a round's first question all without an answer have failed; null: never.
         return_seconds: How long a client whose node is not connected is waited for, before its question has failed.
         in_flight: Questions that are out at once: so many clients train at a time, and so many downloads are kept.
         poll_seconds: Pause between looks for replies; it grows to five times that while there are none.
@@ -78,6 +80,7 @@ class ConversationConfig(Section):
     """
 
     deadline_seconds: float = Field(3600.0, gt=0)
+    round_deadline_seconds: float | None = Field(None, gt=0)
     return_seconds: float = Field(180.0, ge=0)
     in_flight: int = Field(16, ge=1)
     poll_seconds: float = Field(0.1, gt=0)
@@ -122,6 +125,8 @@ def exchange(
     Raises: EngineError if the link is gone for good.
     """
     remaining = iter(asks)
+    round_seconds = settings.round_deadline_seconds
+    end = math.inf if round_seconds is None else now() + round_seconds
     coming: Ask[T] | None = None
     under_way: list[_UnderWay[T]] = []
     poll_seconds = settings.poll_seconds
@@ -130,7 +135,7 @@ def exchange(
             coming = coming or next(remaining, None)
             if coming is None or any(one.ask.client == coming.client for one in under_way):
                 break
-            under_way.append(_UnderWay(coming, now() + settings.deadline_seconds))
+            under_way.append(_due(coming, now() + settings.deadline_seconds, end, settings))
             coming = None
         if not under_way:
             return
@@ -201,6 +206,7 @@ class _UnderWay(Generic[T]):
 
     ask: Ask[T]
     deadline: float
+    too_late: str
     messages: list[str] = field(default_factory=list)
     away_since: float | None = None
 
@@ -221,7 +227,7 @@ class _UnderWay(Generic[T]):
             return failed
         time_seconds = now()
         if time_seconds >= self.deadline:
-            return f"no reply within {settings.deadline_seconds:g} s (engine.deadline_seconds)"
+            return self.too_late
         if node is None:
             self.away_since = time_seconds if self.away_since is None else self.away_since
             if time_seconds - self.away_since >= settings.return_seconds:
@@ -233,6 +239,14 @@ class _UnderWay(Generic[T]):
         return None
 
 
+def _due(ask: Ask[T], own: float, end: float, settings: ConversationConfig) -> _UnderWay[T]:
+    """Return an ask with the earlier of two deadlines: its own, and that of the round."""
+    if own <= end:
+        return _UnderWay(ask, own, f"no reply within {settings.deadline_seconds:g} s (engine.deadline_seconds)")
+    told = f"no reply within the round's {settings.round_deadline_seconds:g} s (engine.round_deadline_seconds)"
+    return _UnderWay(ask, end, told)
+
+
 def _reply(question: Question, answer: RecordDict | str) -> Reply | ClientFailed:
     """Return the answer to a question, whatever a client sent."""
     try:
@@ -242,8 +256,16 @@ def _reply(question: Question, answer: RecordDict | str) -> Reply | ClientFailed
     if isinstance(found, Description):
         found = "it described itself where it was asked a question"
     if isinstance(found, str):
-        return ClientFailed(question.round, question.client, found)
+        return ClientFailed(question.round, question.client, as_line(found))
     if (found.round, found.client) != (question.round, question.client):
         reason = f"it answered for client {found.client!r} in round {found.round}, which it was not asked"
-        return ClientFailed(question.round, question.client, reason)
+        return ClientFailed(question.round, question.client, as_line(reason))
+    if isinstance(found, Reply) and sorted(found.measured) != _measured(question):
+        reason = f"it measured {', '.join(sorted(found.measured)) or 'nothing'}, not {', '.join(_measured(question))}"
+        return ClientFailed(question.round, question.client, as_line(reason))
     return found
+
+
+def _measured(question: Question) -> list[str]:
+    """Return the names of what a client measures for an answer: they go into its record as they are."""
+    return ["seconds"] if isinstance(question, Assessment) else ["peak_memory_bytes", "seconds"]

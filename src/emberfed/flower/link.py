@@ -65,6 +65,7 @@ from emberfed.flower.certificates import server_files
 from emberfed.flower.conversation import ConversationConfig, Lost
 from emberfed.flower.server_process import SuperLinkProcess
 from emberfed.flower.server_state import SECRET_HEADER, ServerState, Serving
+from emberfed.flower.wire import as_line
 
 T = TypeVar("T")
 C = TypeVar("C", bound=ProtobufClient)
@@ -213,6 +214,8 @@ class SuperLinkLink:
         Raises: EngineError.
         """
         self._forget_old()
+        if node not in self._activations:
+            self.nodes()
         return self._in_run(lambda session: self._push(session, node, content, ttl_seconds))
 
     def pull(self, message: str) -> RecordDict | Lost | None:
@@ -292,8 +295,8 @@ class SuperLinkLink:
             content = sent.arriving.content()
         except _BrokenOff:
             return Lost("its upload broke off", away=True)
-        except (ValueError, LookupError, TypeError) as error:
-            return Lost(f"its reply is none of Flower's messages: {' '.join(str(error).split())}", away=False)
+        except ValueError as error:
+            return Lost(as_line(f"its reply is none of Flower's messages: {error}"), away=False)
         if content is not None:
             self._confirm(sent.arriving.message)
         return content
@@ -468,7 +471,7 @@ def _refusal(error: httpx.HTTPStatusError) -> str:
 
 def _lost(reply: Message) -> Lost:
     """Return why there is no reply, of Flower's reasons."""
-    reason = " ".join((reply.error.reason or f"error {reply.error.code} of Flower's").split())
+    reason = as_line(reply.error.reason or f"error {reply.error.code} of Flower's")
     return Lost(reason, away=reply.error.code in _AWAY)
 
 

@@ -54,7 +54,7 @@ from emberfed.errors import EmberfedError, EngineError, StorageError
 from emberfed.flower import certificates, reach
 from emberfed.flower.arriving import Arriving
 from emberfed.flower.environment import environment
-from emberfed.flower.supernode import Order
+from emberfed.flower.order import Order
 
 _POLL_SECONDS = 0.1
 _PAUSE_SECONDS = 1.0  # between attempts to connect
@@ -146,6 +146,17 @@ def serve(settings: NodeSettings, desk: Desk, listen: NodeListener) -> None:
             door = connection.door()
             if door is None or not _answer_one(door, desk, listen, settings.state):
                 time.sleep(_POLL_SECONDS)
+
+
+def check(settings: NodeSettings) -> None:
+    """Look for what waiting does not mend: files that cannot be used, an address that is none, another's server.
+
+    Raises: EngineError, ConfigError.
+    """
+    files = None if settings.certificates is None else certificates.client_files(settings.certificates)
+    problem = reach.problem(settings.server, None if files is None else files.ca)
+    if problem is not None and problem.lasting:
+        raise EngineError(problem.reason)
 
 
 @final

@@ -58,6 +58,8 @@ def problem(address: str, ca: Path | None, timeout_seconds: float = 10.0) -> Pro
             return _plain(connection, address) if ca is None else _secured(connection, address, host, ca)
     except socket.gaierror as error:
         return Problem(f"the name {host!r} of the server is not known here ({error.strerror}); check it", False)
+    except UnicodeError:
+        return Problem(f"the name {host!r} of the server cannot be that of a machine; check it", True)
     except ConnectionRefusedError:
         return Problem(f"nothing listens at {address}; check the address, and whether the server runs", False)
     except TimeoutError:

@@ -149,9 +149,10 @@ def _listening(serving: Serving) -> socket.socket:
             serving.host, serving.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no name of a machine"
         raise EngineError(
-            f"{serving.host!r} is no address to listen on: {error.strerror}; name one of this machine, or 0.0.0.0"
+            f"{serving.host!r} is no address to listen on: {why}; name one of this machine, or 0.0.0.0"
         ) from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

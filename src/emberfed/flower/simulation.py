@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import tempfile
 import time
 import traceback
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Thread, current_thread, main_thread
 from typing import Any, final
 
 import psutil
@@ -51,6 +52,7 @@ _ALONE: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read on every system: a cluster of this machine alone, on loopback
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that this will be its default
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # it prints what becomes of processes, into whatever the program prints
 }
 
 
@@ -98,6 +100,7 @@ class SimulationLink:
                 self._silence.enter_context(_silent_loggers())
                 self._thread.start()
                 self._grid, self._nodes = self._started(runtime, ray.is_initialized)
+                _take_back_sigterm()
         except BaseException:
             self.close()
             raise
@@ -141,9 +144,7 @@ class SimulationLink:
         with _surroundings(self._folder):
             if self._thread.ident is not None:
                 self._thread.join()
-            _, left = psutil.wait_procs(family, timeout=_END_SECONDS)
-            for process in left:
-                process.kill()
+            _see_off(family)
         self._silence.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -161,7 +162,9 @@ class SimulationLink:
             self._grids.put(grid)
             self._closing.wait()
 
-        resources: dict[str, int | float] = {"num_cpus": 1, "num_gpus": runtime.gpus, "max_restarts": -1}
+        # Flower hands all of these to Ray. A process that dies is replaced, and its question asked once more; without
+        # that, a client that is asked before the new one runs would fail, too.
+        resources = {"num_cpus": 1, "num_gpus": runtime.gpus, "max_restarts": -1, "max_task_retries": 1}
         ray = {
             "num_cpus": runtime.processes,
             "num_gpus": math.ceil(runtime.processes * runtime.gpus),
@@ -302,6 +305,32 @@ def _family(folder: Path) -> list[psutil.Process]:
             if str(folder) in " ".join(child.cmdline()):
                 found += [child, *child.children(recursive=True)]
     return found
+
+
+def _see_off(family: Sequence[psutil.Process]) -> None:
+    """Wait until processes have ended; those that take too long are killed."""
+    patience = time.monotonic() + _END_SECONDS
+    while left := [process for process in family if _is_alive(process)]:
+        if time.monotonic() > patience:
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        time.sleep(0.05)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs: one that ended may wait, dead, for whoever adopted it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _take_back_sigterm() -> None:
+    """Let SIGTERM do what it did: Ray takes it, prints addresses, and ends the process where it stands."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

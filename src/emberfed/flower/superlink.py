@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import hmac
 import json
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -316,10 +318,12 @@ def main(root: str, serving: str, public: str, private: str) -> None:
     sockets = [socket.socket(fileno=int(descriptor)) for descriptor in (public, private)]
     process = _Process(state, Serving(**json.loads(serving)), sockets[0], sockets[1])
     asyncio.run(process.serve())
+    gc.freeze()  # a quick end: the server waits for it
 
 
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except EngineError as failed:
-        sys.exit(str(failed))
+    except Exception as failed:
+        traceback.print_exc()
+        sys.exit(" ".join(str(failed).split()))  # the log's last line, which the server tells

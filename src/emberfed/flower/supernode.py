@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -72,6 +71,7 @@ from emberfed import storage
 from emberfed.errors import EngineError
 from emberfed.flower.certificates import read_private_key
 from emberfed.flower.introduction import Introduction, introduce
+from emberfed.flower.order import Order
 
 _SHORTEST_POLL_SECONDS = 0.1
 _LONGEST_POLL_SECONDS = 0.5
@@ -80,34 +80,6 @@ _GRACE_SECONDS = 5
 _TRIES = 3  # of one message's pieces, for a server that was restarted in the middle of them
 
 Tell = Callable[[Mapping[str, Any]], None]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a SuperNode is started with.
-
-    Attributes:
-        server: `host:port`.
-        ca: The certificates that the server's must be signed by; None: plain HTTP.
-        key: The file of the node's private key.
-        introduced_as: The name to give a server that knows no keys; None: it must know this node's.
-        memory: The file that keeps the node's id at the server, and the question it has in hand.
-        secret: Who knows it may take tasks; hexadecimal.
-        patience_seconds: How long a server that is away is waited for.
-    """
-
-    server: str
-    ca: str | None
-    key: str
-    introduced_as: str | None
-    memory: str
-    secret: str
-    patience_seconds: float
-
-    def line(self) -> str:
-        """Return the order as what a SuperNode reads."""
-        return json.dumps(asdict(self)) + "\n"
 
 
 @final

@@ -19,6 +19,8 @@ from emberfed.records import Assessment, ClientFailed, Job, Json, Question, Repl
 _RECORD = "emberfed"
 _PAYLOAD = "payload"
 _STORED_AS = "emberfed.safetensors"
+_LONGEST_LINE = 1000
+_LARGEST_MEASUREMENT = 1e30  # sums of them are written down, and must be finite
 _QUESTIONS: Mapping[str, type[Job | Assessment | Survey]] = {"job": Job, "assessment": Assessment, "survey": Survey}
 
 
@@ -100,13 +102,20 @@ def read_answered(content: RecordDict) -> Description | Reply | ClientFailed:
     if kind == "description":
         return Description(_object(head))
     if kind == "failed":
-        return ClientFailed(_number(head, "round"), _text(head, "client"), _text(head, "reason"))
+        return ClientFailed(_number(head, "round"), _text(head, "client"), as_line(_text(head, "reason")))
     if kind != "reply":
         raise RunFolderError(f"a client answered with {kind!r}, which this version of emberfed does not know")
     measured = _object(head)
-    if not all(type(value) in (int, float) for value in measured.values()):
-        raise RunFolderError("a client's measurements are not numbers")
+    if not all(type(value) in (int, float) and 0 <= value < _LARGEST_MEASUREMENT for value in measured.values()):
+        raise RunFolderError(f"a client's measurements are not numbers from 0 below {_LARGEST_MEASUREMENT:g}")
     return Reply(_number(head, "round"), _text(head, "client"), _payload(content), measured)
+
+
+def as_line(told: str) -> str:
+    """Return what another machine said as one line that can be printed, and not pages of it."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in told[: 2 * _LONGEST_LINE])
+    line = " ".join(shown.split())
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."
 
 
 def _introduction(hello: Hello) -> dict[str, str]:
