@@ -275,6 +275,7 @@ def test_costs_are_those_of_a_tier_s_clients(tiny_model_folder: Path, tiny_data:
     assert found.bytes_up == sum(client["bytes_up"] for client in clients)
 
 
+@pytest.mark.slow
 def test_the_command_stops_on_ctrl_c_and_goes_on(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path / "arena.yaml", arena(tiny_model_folder, tiny_data))
     process = start("compare", file, "--output", tmp_path / "out", "--jobs", "2")

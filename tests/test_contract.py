@@ -555,11 +555,12 @@ def test_a_clients_own_model(setting: Setting) -> None:
 
 
 ELSEWHERE = {"pool": {"processes": 2}, "flower-simulation": {"processes": 2}}
-"""Engines whose clients are in processes of their own, which take long to start, with their options."""
+"""Engines whose clients are in processes of their own, which take long to start, with their options; tests of their own
+ask them for the bits of the local one."""
 DEPLOYED = [name for name in engine_names() if load_engine(name).deployed]
 """Their clients have data of their own: tests/test_deployment.py."""
 PAIRS = [
-    pytest.param(method, engine, marks=[pytest.mark.slow] if engine in ELSEWHERE and method != "flux" else [])
+    pytest.param(method, engine, marks=[pytest.mark.slow] if engine in ELSEWHERE else [])
     for method in method_names()
     for engine in engine_names()
     if engine != "local" and engine not in DEPLOYED

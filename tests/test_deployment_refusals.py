@@ -342,7 +342,7 @@ def test_clients_of_another_configuration_are_named_on_both_sides(
     tokenizer.save_pretrained(other)
     changes = {
         "c0": (("adapter.rank=3", "training.max_steps=2"), "settings adapter.rank: the server has 2, the client 3"),
-        "c1": (("data.template=chat",), 'settings data.template: the server has "short", the client "chat"'),
+        "c1": (("data.template=alpaca",), 'settings data.template: the server has "short", the client "alpaca"'),
         "c2": ((f"model.tokenizer={other}",), "tokenizer or preprocessing: the server has"),
     }
     with grounds(tmp_path / "deployment", values) as place:

@@ -363,6 +363,7 @@ def test_not_among_the_rounds_of_a_run(run_folder: Path, tmp_path: Path) -> None
     assert emberfed.export(run_folder, output=tmp_path / "rounds" / "1").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_export_leaves_nothing(run_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     process = start("export", run_folder, "--output", tmp_path / "new", "--format", "merged")

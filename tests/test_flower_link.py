@@ -257,6 +257,7 @@ def control(port: int, secret: str) -> Iterator[Any]:
         client.close()
 
 
+@pytest.mark.slow
 def test_a_client_whose_key_comes_later_is_let_in_and_one_whose_key_goes_is_not(federation: Federation) -> None:
     clients = federation.certificates.parent
     key = federation.certificates / "clients" / "carol.pub"
@@ -351,6 +352,7 @@ def killed_server(port: int, state: Path, grace_seconds: float) -> Iterator[Runn
             server.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_finds_its_superlink_at_work(tmp_path: Path) -> None:
     port = free_port()
     with killed_server(port, tmp_path, 30.0) as before:
@@ -363,6 +365,7 @@ def test_a_server_that_comes_back_finds_its_superlink_at_work(tmp_path: Path) ->
     assert free(ServerState(tmp_path / "superlink").alive)
 
 
+@pytest.mark.slow
 def test_a_superlink_does_not_outlive_a_killed_server_for_long(tmp_path: Path) -> None:
     alive = ServerState(tmp_path / "superlink").alive
     with killed_server(free_port(), tmp_path, 1.0):
@@ -370,6 +373,7 @@ def test_a_superlink_does_not_outlive_a_killed_server_for_long(tmp_path: Path) -
     eventually(lambda: True if free(alive) else None)
 
 
+@pytest.mark.slow
 def test_without_certificates_clients_say_their_names(tmp_path: Path) -> None:
     port = free_port()
     address = f"{LOOPBACK}:{port}"
@@ -403,6 +407,7 @@ def test_an_address_of_another_machine_is_one_line(tmp_path: Path) -> None:
         open_link(settings(free_port(), host="192.0.2.1"), tmp_path, None, ignore)
 
 
+@pytest.mark.slow
 def test_a_superlink_that_dies_at_its_start_says_why(tmp_path: Path) -> None:
     state = ServerState(tmp_path / "superlink")
     state.make()

@@ -502,6 +502,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @linux
 def test_a_client_trains_experts_that_do_not_fit_its_memory(large: Path, tiny_model_folder: Path) -> None:
     """Beside all other weights there is room for a quarter of the experts, and to map the checkpoint, which counts too.
