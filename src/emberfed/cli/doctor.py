@@ -31,6 +31,7 @@ State = Literal["ok", "warning", "broken"]
 
 EXTRAS = {
     "flower": ("flwr",),
+    "simulation": ("ray",),
     "eval": ("lm_eval",),
     "dp": ("dp_accounting",),
     "tracking": ("tensorboard", "mlflow", "wandb", "trackio"),
