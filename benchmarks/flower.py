@@ -96,6 +96,7 @@ def row(engine: str, rounds: int, clients: int) -> dict[str, Any]:
         "data.partition={kind: iid}",
         f"training={{rounds: {rounds}, batch_size: {EXAMPLES_PER_CLIENT}, learning_rate: 3.0e-3, max_steps: 1}}",
         "evaluation.every=0",
+        "output.keep_uploads=false",
         "evaluation.max_examples=2",
         f"engine={json.dumps(settings)}",
     ]

@@ -317,9 +317,43 @@ def test_two_runs_have_memories_of_their_own(flame: Federation) -> None:
     assert uploads[0::2] == uploads[1::2] == [reply.upload for reply in alone if isinstance(reply, Reply)]
     folder = flame.state("c2", "both")
     assert sorted(path.name for path in folder.iterdir()) == ["runA", "runB"]
-    kept = [sorted((folder / run).rglob("*.safetensors")) for run in ("runA", "runB")]
+    kept = [sorted((folder / run / "memory").rglob("*.safetensors")) for run in ("runA", "runB")]
     assert [path.read_bytes() for path in kept[0]] == [path.read_bytes() for path in kept[1]]
     assert len(kept[0]) == 2
+
+
+def test_a_question_asked_again_is_not_worked_on_again(flame: Federation, tmp_path: Path) -> None:
+    """By a desk that was started anew either; measured seconds tell the same work from work done twice."""
+    first, second = flame.question("c2", 1), flame.question("c2", 2)
+    answers = [flame.asked(flame.desk("c2", tmp_path / "state"), first) for _ in range(2)]
+    assert isinstance(answers[0], Reply)
+    assert answers[0] == answers[1]
+    later = flame.asked(flame.desk("c2", tmp_path / "state"), second)
+    assert isinstance(later, Reply)
+    assert later.round == 2
+    anew = flame.asked(flame.desk("c2", tmp_path / "state"), first)
+    assert isinstance(anew, Reply)
+    assert anew.upload == answers[0].upload, "only the last is kept; the bits are the same"
+    assert anew.measured != answers[0].measured
+
+
+@pytest.mark.parametrize("damage", ["upload", "told", "gone"])
+def test_a_kept_answer_that_is_damaged_is_made_again(flame: Federation, tmp_path: Path, damage: str) -> None:
+    question = flame.question("c2")
+    before = flame.asked(flame.desk("c2", tmp_path / "state"), question)
+    folder = flame.state("c2", tmp_path / "state") / "run1" / "answers"
+    assert sorted(file.name for file in folder.iterdir()) == ["job.json", "job.safetensors"]
+    file = folder / ("job.json" if damage == "told" else "job.safetensors")
+    if damage == "gone":
+        file.unlink()
+    else:
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    after = flame.asked(flame.desk("c2", tmp_path / "state"), question)
+    assert isinstance(before, Reply)
+    assert isinstance(after, Reply)
+    assert after.upload == before.upload
+    assert after.measured != before.measured
 
 
 def test_a_memory_that_cannot_be_written_stops_the_client_and_not_the_server(flame: Federation, tmp_path: Path) -> None:

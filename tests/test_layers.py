@@ -114,3 +114,20 @@ def test_plug_ins_do_not_import_each_other(package: str) -> None:
 def test_only_one_module_knows_peft_s_layout() -> None:
     knowing = {path.stem for path in modules() if "adapter_config" in path.read_text() and path.parent.name == "models"}
     assert knowing == {"peft_layout"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_flower_is_known_to_its_package_alone(path: Path) -> None:
+    named = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    inside = path.is_relative_to(ROOT / "flower")
+    assert inside or not named & {"flwr", "ray"}, path

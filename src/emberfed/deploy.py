@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from emberfed import api, assembly, config, deployment, events, provenance, storage
 from emberfed.api import Run
 from emberfed.checkpoint import RunFolder, check_free
 from emberfed.config import RunConfig
-from emberfed.deployment import Enrolled, Home, Roll
+from emberfed.deployment import Home, Roll
 from emberfed.engines.flower import Deployment, FlowerEngine
-from emberfed.errors import ConfigError, EngineError, RunFolderError
+from emberfed.errors import ConfigError
 from emberfed.flower import node
 from emberfed.flower.certificates import server_files
-from emberfed.flower.conversation import Ask, Conversation, Link, exchange
+from emberfed.flower.conversation import Conversation
 from emberfed.flower.desk import ClientSettings as ClientSettings
 from emberfed.flower.desk import Desk
 from emberfed.flower.link import DeploymentConfig, open_link
+from emberfed.flower.lobby import enrolled
 from emberfed.flower.node import NodeSettings
-from emberfed.flower.wire import Description, Hello, as_line, asked, read_answered
+from emberfed.flower.wire import Hello
 from emberfed.models.loading import cpu_threads
 from emberfed.records import ClientFailed, Question
 from emberfed.sections import override, read_yaml
-
-_PAUSE_SECONDS = 0.2
-_ASKED_AGAIN_SECONDS = 15.0
-"""Pause before a client that could not take part is asked whether it can now."""
 
 
 def configuration(source: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -80,7 +76,7 @@ def serve(
         link = open_link(settings, state, certificates, partial(_tell, listen))
         with closing(link):
             if roll is None:
-                roll = Roll.of(_enrolled(home, link, settings, listen), home.test)
+                roll = Roll.of(enrolled(home, link, settings, listen), home.test)
             material = deployment.material(home, roll)
             folder = RunFolder.open(path) if begun else assembly.start(checked, path, material)
             tiers = {client.id: client.budget.tier for client in material.clients}
@@ -149,78 +145,6 @@ def _known(folder: RunFolder, checked: RunConfig, home: Home) -> Roll:
     provenance.check_same_data(folder, deployment.material(home, roll))
     provenance.check_same_model(folder, home.model)
     return roll
-
-
-def _enrolled(home: Home, link: Link, settings: DeploymentConfig, listen: events.Listener) -> list[Enrolled]:
-    """Wait until as many clients as the configuration counts have described themselves.
-
-    Raises: EngineError if too few come in time; it says who came and why others were turned away.
-    """
-    wanted = home.config.clients.count
-    lobby = _Lobby(home, listen)
-    until = time.monotonic() + settings.join_seconds
-    listen(events.Notice("info", f"waiting for {wanted} clients at port {settings.port}"))
-    while len(lobby.enrolled) < wanted:
-        lobby.ask(link, settings)
-        if len(lobby.enrolled) < wanted and time.monotonic() >= until:
-            turned_away = "".join(f"; {name} cannot take part: {why}" for name, why in sorted(lobby.refused.items()))
-            came = ", ".join(sorted(lobby.enrolled)) or "none"
-            raise EngineError(
-                f"{len(lobby.enrolled)} of {wanted} clients joined within {settings.join_seconds:g} s "
-                f"(engine.join_seconds): {came}{turned_away}; start the others and repeat the command, or set "
-                f"clients.count"
-            )
-        time.sleep(_PAUSE_SECONDS)
-    return [lobby.enrolled[name] for name in sorted(lobby.enrolled)[:wanted]]
-
-
-@final
-class _Lobby:
-    """Clients that came, before the run begins."""
-
-    def __init__(self, home: Home, listen: events.Listener) -> None:
-        self.enrolled: dict[str, Enrolled] = {}
-        self.refused: dict[str, str] = {}
-        self._home = home
-        self._listen = listen
-        self._asked_at: dict[str, float] = {}
-
-    def ask(self, link: Link, settings: DeploymentConfig) -> None:
-        """Ask clients that are there and have not said who they are."""
-        now = time.monotonic()
-        fresh = [
-            name
-            for name in sorted(link.nodes())
-            if name not in self.enrolled
-            and now - self._asked_at.get(name, -_ASKED_AGAIN_SECONDS) >= _ASKED_AGAIN_SECONDS
-        ]
-        content = partial(asked, Hello("0", self._home.expected))
-        asks = (Ask(name, name, content) for name in fresh)
-        patient = settings.model_copy(update={"in_flight": max(len(fresh), 1), "round_deadline_seconds": None})
-        for name, answer in exchange(link, asks, patient):
-            self._asked_at[name] = time.monotonic()
-            self._hear(name, self._read(name, answer))
-
-    def _read(self, name: str, answer: Any) -> Enrolled | str:
-        try:
-            found = answer if isinstance(answer, str) else read_answered(answer)
-        except RunFolderError as error:
-            return str(error)
-        if isinstance(found, Description):
-            client = deployment.read_description(found.told, name, self._home)
-            return as_line(client) if isinstance(client, str) else client
-        return found if isinstance(found, str) else "it answered a question that it was not asked"
-
-    def _hear(self, name: str, found: Enrolled | str) -> None:
-        if isinstance(found, Enrolled):
-            self.enrolled[name] = found
-            self.refused.pop(name, None)
-            have, wanted = len(self.enrolled), self._home.config.clients.count
-            told = f"client {name} joined (tier {found.tier}, {found.counts['examples']} examples): {have} of {wanted}"
-            self._listen(events.Notice("info", told))
-        elif self.refused.get(name) != found:
-            self.refused[name] = found
-            self._listen(events.Notice("warning", f"client {name} cannot take part: {found}"))
 
 
 def _tell(listen: events.Listener, message: str) -> None:

@@ -14,6 +14,7 @@ from emberfed import assembly, clients, events, storage
 from emberfed.clients import Budget, Client
 from emberfed.config import RunConfig
 from emberfed.errors import ClientError, ConfigError, EmberfedError, RunFolderError, closest, one_of
+from emberfed.flower.answers import LastAnswers
 from emberfed.flower.wire import Asked, Description, Hello, answered, read_asked
 from emberfed.handshake import CLASSES, described, differences
 from emberfed.material import ClientsHere
@@ -122,8 +123,13 @@ class Desk:
             worker = self._worker(message)
         except EmberfedError as error:
             return ClientFailed(question.round, question.client, str(error))
+        given = LastAnswers(self._folder(message.hello) / "answers")
         self._last = None
-        reply = worker.answer(question)
+        reply: Reply | ClientFailed | None = given.find(question, message.tier)
+        if reply is None:
+            reply = worker.answer(question)
+            if isinstance(reply, Reply):
+                given.keep(question, message.tier, reply)
         self._last = worker, question
         return reply
 
@@ -139,7 +145,7 @@ class Desk:
 
     def _hired(self, ready: _Ready, message: Asked) -> Worker:
         config, name = self._config, self._settings.name
-        folder = self._settings.state / _safe(message.hello.run)
+        folder = self._folder(message.hello)
         self._check_same_data(folder / "data.json", ready.own)
         budgets = clients.resolve(config.clients.tiers, ready.model.native_top_k, ready.model.largest_top_k)
         budget = _named(budgets, message.tier)
@@ -152,6 +158,10 @@ class Desk:
             held_out={} if own.held_out is None else {name: own.held_out},
         )
         return assembly.worker(config, folder, here, self._listen)
+
+    def _folder(self, hello: Hello) -> Path:
+        """Return where the client keeps what is of one run. Raises: ClientError."""
+        return self._settings.state / _safe(hello.run)
 
     def _check_same_data(self, file: Path, own: OwnData) -> None:
         """Check that the data is what it was when this client first took part in the run. Raises: ClientError."""
