@@ -104,6 +104,7 @@ def test_an_interrupted_comparison_goes_on(
     assert all_bits(tmp_path / "arena") == all_bits(finished[0])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bits(
     finished: tuple[Path, Comparison], tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -47,7 +47,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": {"name": "a3smoe", "temprature": 1}}, "unknown key 'method.temprature'; did you mean 'temperature'?"),
     ({"method": {"name": "a3smoe", "temperature": -1}}, "'method.temperature'"),
     ({"method": {"name": 3}}, "'method.name' is missing or not a word"),
-    ({"engine": {"name": "remote"}}, "unknown engine 'remote' (there are 'flaky', 'local')"),
+    (
+        {"engine": {"name": "remote"}},
+        "unknown engine 'remote' (there are 'flaky', 'flower', 'flower-simulation', 'local', 'pool')",
+    ),
     ({"engine": {"name": "flaky", "faults": {"c1": "explode"}}}, "'engine.faults.c1'"),
     ({"adapter": {"rank": 0}}, "'adapter.rank'"),
     ({"data": {"partition": {"kind": "dirichlet"}}}, "'data.partition.dirichlet.alpha' is missing"),

@@ -181,6 +181,18 @@ CASES = [
 ]
 
 
+EVERY_METHOD_ON = ("olmoe", "deepseek_v2", "llama", "vit")
+"""Families unlike each other: `make test` asks every method of these, and some methods of all others."""
+ON_EVERY_FAMILY = ("a3smoe", "fft_moe", "flux")
+
+
+def case(family: str, name: str, options: Mapping[str, Any]) -> Any:
+    """A case as pytest has it, with a mark on those that `make test-slow` asks."""
+    often = family in EVERY_METHOD_ON or (name in ON_EVERY_FAMILY and not options)
+    id_ = "-".join([family, name, *map(str, options.values())])
+    return pytest.param((family, name, options), id=id_, marks=[] if often else [pytest.mark.slow])
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method on a tiny federation."""
@@ -245,9 +257,7 @@ def data_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 Made = Callable[[str], Path]
 
 
-@pytest.fixture(
-    scope="module", params=CASES, ids=lambda case: "-".join([case[0], case[1], *map(str, case[2].values())])
-)
+@pytest.fixture(scope="module", params=[case(*one) for one in CASES])
 def setting(request: pytest.FixtureRequest, folders: Made, data_of: Made) -> Setting:
     family, name, options = request.param
     checked = checked_config(family, folders, data_of, {"name": name, **options})

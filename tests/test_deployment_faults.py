@@ -167,6 +167,7 @@ def nobody_left(place: Grounds, but: set[int]) -> None:
 # -------------------------------------------------------------------------------------------------- killed
 
 
+@pytest.mark.slow
 def test_a_superlink_killed_within_a_round_costs_no_work(
     tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

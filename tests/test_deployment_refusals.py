@@ -277,6 +277,7 @@ def without(module: str, *commands: list[str]) -> list[tuple[int, str]]:
     return [(code, said) for code, said in json.loads(ended.stdout.splitlines()[-1])]
 
 
+@pytest.mark.slow
 def test_without_the_extra_emberfed_works_and_deployments_name_it(written: Path, tmp_path: Path) -> None:
     run, plain = str(tmp_path / "run"), str(tmp_path / "plain")
     here_ = ["--set", "training={rounds: 1, max_steps: 1}", "--set", "evaluation={every: 0, max_examples: 1}"]

@@ -231,6 +231,7 @@ def deployed(run: Path, checked: Any) -> torch.Tensor:
         return logits(model.lm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "tune", "storage"),
     [("flux", "full", "memory"), ("fmes", "full", "disk"), ("flux", "lora", "disk"), ("fmd", None, "disk")],

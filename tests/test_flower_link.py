@@ -6,6 +6,8 @@ Takes about a minute; each test less than 20 s.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import signal
 import socket
@@ -14,7 +16,8 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,7 @@ from flwr.app.metadata import Metadata
 from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NodeStatus
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLWR_IN_MEMORY_DB_NAME, NodeStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -45,6 +48,7 @@ from emberfed.engine import load_engine
 from emberfed.errors import ConfigError, EngineError
 from emberfed.events import Event, Notice, ignore
 from emberfed.flower import certificates
+from emberfed.flower import link as link_module
 from emberfed.flower.arriving import Arriving
 from emberfed.flower.conversation import Lost
 from emberfed.flower.introduction import PATH, Introduction, introduce
@@ -228,11 +232,94 @@ def test_a_second_server_with_the_same_state_has_a_run_of_its_own(federation: Fe
     assert echo(federation.link, federation.alice, number=3)["number"] == 3
 
 
+@contextmanager
+def database_of(federation: Federation) -> Iterator[sqlite3.Connection]:
+    """Give the SuperLink's database."""
+    database = sqlite3.connect(federation.state / "superlink" / "superlink.db", timeout=30.0)
+    try:
+        with database:
+            yield database
+    finally:
+        database.close()
+
+
+def is_kept(federation: Federation, object_id: str) -> bool:
+    """Tell whether the SuperLink has an object."""
+    with database_of(federation) as database:
+        found = database.execute("SELECT count(*) FROM objects WHERE object_id = ?", [object_id]).fetchone()
+    return bool(found[0])
+
+
+def reply_to(federation: Federation, message: str) -> str | None:
+    """Return the id of the reply to a message, if it is all there."""
+    with database_of(federation) as database:
+        found = database.execute(
+            "SELECT message_id FROM message_res WHERE reply_to_message_id = ?", [message]
+        ).fetchone()
+    return found[0] if found else None
+
+
+def test_a_superlink_that_cannot_keep_what_it_is_sent_is_given_up(federation: Federation) -> None:
+    """Flower answers a full disk with `stored=False`; here its table of objects refuses in the same words."""
+    patience = settings(federation.port, patience_seconds=1.2)
+    impatient = open_link(patience, federation.state, federation.certificates, ignore)
+    try:
+        node = eventually(lambda: impatient.nodes().get("alice"))
+        with database_of(federation) as database:
+            database.execute(
+                "CREATE TRIGGER full BEFORE UPDATE OF content ON objects "
+                "BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+            )
+        began = time.monotonic()
+        with pytest.raises(EngineError, match=r"could not keep a message for 1\.2 s \(engine\.patience_seconds\)"):
+            impatient.push(node, asked(number=1), 60.0)
+        assert time.monotonic() - began >= 1.2
+    finally:
+        with database_of(federation) as database:
+            database.execute("DROP TRIGGER IF EXISTS full")
+        impatient.close()
+    log = (federation.state / "superlink" / "superlink.log").read_text()
+    assert 1 <= log.count("database or disk is full") < 30  # tries with pauses between them
+    assert echo(federation.link, federation.alice, number=2)["number"] == 2
+
+
+def test_what_nobody_waits_for_is_not_kept(federation: Federation) -> None:
+    link, node = federation.link, federation.alice
+    busy = link.push(node, asked(number=1, wait=1.5), 60.0)
+    eventually(lambda: True if delivered(federation, busy) else None)
+    expired = link.push(node, asked(number=2), 0.3)
+    again = link.push(node, asked(number=1), 60.0)  # the first question once more
+    assert is_kept(federation, expired)
+    assert isinstance(answer_to(link, busy), RecordDict)
+    second = eventually(lambda: reply_to(federation, again))
+    eventually(lambda: True if is_kept(federation, second) else None)
+    link.push(node, asked(number=3), 60.0)
+    assert not is_kept(federation, expired)
+    assert not is_kept(federation, again)
+    assert not is_kept(federation, second)
+
+
+def test_a_reply_that_is_too_large_is_refused_and_not_kept(federation: Federation) -> None:
+    small = settings(federation.port, largest_reply_bytes=1_000_000)
+    link = open_link(small, federation.state, federation.certificates, ignore)
+    try:
+        node = eventually(lambda: link.nodes().get("alice"))
+        assert echo(link, node, grow=900_000)["grow"] == 900_000
+        message = link.push(node, asked(grow=1_100_000), 60.0)
+        reply = eventually(lambda: reply_to(federation, message))
+        told = "its reply has more than 1000000 bytes; engine.largest_reply_bytes is 1000000"
+        assert answer_to(link, message) == Lost(told, away=False)
+        assert not is_kept(federation, reply)
+    finally:
+        link.close()
+
+
 def test_a_second_server_that_asks_for_something_else_is_refused(federation: Federation) -> None:
     with pytest.raises(EngineError, match=r"serves 127\.0\.0\.1:\d+ with the certificates .*use another state folder"):
         open_link(settings(federation.port), federation.state, None, ignore)
 
 
+@pytest.mark.slow
 def test_a_run_that_flower_gave_up_is_begun_anew(federation: Federation) -> None:
     state = ServerState(federation.state / "superlink")
     node = federation.alice
@@ -271,6 +358,7 @@ def test_a_client_whose_key_comes_later_is_let_in_and_one_whose_key_goes_is_not(
         assert isinstance(federation.link.pull(federation.link.push(carol, asked(number=2), 60.0)), Lost)
 
 
+@pytest.mark.slow
 def test_a_node_that_was_killed_and_is_back_has_forgotten_its_message(federation: Federation) -> None:
     message = federation.link.push(federation.alice, asked(number=1, wait=2.0), 900.0)
     eventually(lambda: True if delivered(federation, message) else None)
@@ -408,6 +496,28 @@ def test_an_address_of_another_machine_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_superlink_that_cannot_be_started_just_now_is_started_once_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody uses the link: it is its signs of life that find the SuperLink gone."""
+    monkeypatch.setattr(link_module, "_HEARTBEAT_SECONDS", 0.3)
+    link = open_link(settings(free_port()), tmp_path, None, ignore)
+    state = ServerState(tmp_path / "superlink")
+    try:
+        before = running(tmp_path)
+        log = state.log.rename(tmp_path / "log")
+        state.log.mkdir()  # a disk that cannot be written
+        os.kill(before.process, signal.SIGKILL)
+        eventually(lambda: True if not (state.root / "superlink.json").exists() else None)  # a start was tried
+        time.sleep(0.5)
+        state.log.rmdir()
+        log.rename(state.log)
+        assert eventually(state.running).process != before.process
+    finally:
+        link.close()
+
+
+@pytest.mark.slow
 def test_a_superlink_that_dies_at_its_start_says_why(tmp_path: Path) -> None:
     state = ServerState(tmp_path / "superlink")
     state.make()
@@ -465,6 +575,37 @@ def test_keys_are_registered_once_and_follow_the_folder(tmp_path: Path) -> None:
         nodes.follow()
 
 
+def test_a_key_is_withdrawn_whatever_else_is_wrong_with_the_folder_and_that_is_said_once(tmp_path: Path) -> None:
+    certificates.make(tmp_path, [LOOPBACK], ["alice", "bob", "carol"], 30)
+    state, server = link_state(), tmp_path / "server"
+    nodes = Nodes(state, server)
+    nodes.follow()
+    keys = {name: node.public_key for name, node in known(state).items()}
+    (server / "clients" / "bob.pub").unlink()
+    (server / "clients" / "alice.pub").write_bytes(b"-----BEGIN PUBLIC")  # half of it has come
+    (server / "clients" / "carol.pub").write_bytes(new := public_pem())
+    (server / "server.pem").write_bytes(b"no certificate any more")
+    with pytest.raises(EngineError, match=r"alice\.pub is no public key"):
+        nodes.follow()
+    assert {name: node.public_key for name, node in known(state).items()} == {"alice": keys["alice"], "carol": new}
+    assert [nodes.knows(key) for key in (keys["alice"], keys["bob"], keys["carol"], new)] == [True, False, False, True]
+    nodes.follow()  # nothing changed: nothing to say
+
+
+def test_a_folder_of_keys_that_is_gone_withdraws_none(tmp_path: Path) -> None:
+    certificates.make(tmp_path, [LOOPBACK], ["alice"], 30)
+    state, clients = link_state(), tmp_path / "server" / "clients"
+    nodes = Nodes(state, tmp_path / "server")
+    nodes.follow()
+    clients.rename(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match="clients is gone; no key is withdrawn for that"):
+        nodes.follow()
+    assert sorted(known(state)) == ["alice"]
+    clients.mkdir()
+    nodes.follow()
+    assert known(state) == {}
+
+
 def test_a_new_key_under_an_old_name_replaces_it(tmp_path: Path) -> None:
     certificates.make(tmp_path, [LOOPBACK], ["alice"], 30)
     state, server = link_state(), tmp_path / "server"
@@ -514,9 +655,20 @@ def through(app: Any, method: str, path: str, **more: Any) -> int:
 
 def test_the_two_doors() -> None:
     behind = Starlette(routes=[Route("/{path:path}", says_path, methods=["GET", "POST"])])
-    public = FleetOnly(behind, Nodes(link_state(), None), introductions=False)
+    nodes, key = Nodes(link_state(), None), public_pem()
+    assert nodes.introduce(Introduction("alice", key)) is None
+    public = FleetOnly(behind, nodes, introductions=True)
     assert through(public, "POST", "/v1/fleet/pull-messages", content=b"some") == 200
-    assert through(public, "POST", "/v1/fleet/pull-messages", content=bytes(17 * 2**20)) == 413
+    ours, theirs = ({FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(one).decode()} for one in (key, public_pem()))
+    for path in ("/v1/fleet/push-object", "/v1/fleet/push-messages"):
+        assert through(public, "POST", path, content=bytes(6 * 2**20), headers=ours) == 200
+        assert through(public, "POST", path, content=bytes(17 * 2**20), headers=ours) == 413
+        for headers in ({}, theirs, {FLEET_HTTP_PUBLIC_KEY_HEADER: "no base64"}):
+            assert through(public, "POST", path, content=bytes(6 * 2**20), headers=headers) == 401
+            assert through(public, "POST", path, content=b"some", headers=headers) == 200  # Flower says no, and why
+    for path in ("/v1/fleet/pull-messages", "/v1/fleet/activate-node", PATH):
+        assert through(public, "POST", path, content=bytes(2**17), headers=ours) == 413
+    public = FleetOnly(behind, nodes, introductions=False)
     assert through(public, "POST", "/v1/fleet/pull-messages", headers={"content-length": "-1"}) == 413
     for path in ("/", "/v1/fleet", "/v1/control/start-run", "/v1/Fleet/pull-messages", PATH):
         assert through(public, "POST", path, content=b"some") == 404
@@ -570,6 +722,61 @@ def test_what_is_no_message_is_refused(tmp_path: Path) -> None:
     for junk in (b"", b"junk", truncated, b"Stranger  0\x00"):
         with pytest.raises(ValueError):
             Arriving("junk", {"junk": junk}.get, tmp_path).content()
+
+
+def made_object(kind: str, children: Sequence[str], body: bytes) -> tuple[str, bytes]:
+    """Return an object with its id, as Flower would store it, whatever is in it."""
+    content = f"{kind} {','.join(children)} {len(body)}".encode() + b"\0" + body
+    return hashlib.sha256(content).hexdigest(), content
+
+
+def arrives(root: str, objects: Mapping[str, bytes], folder: Path) -> str:
+    """Return why a message of at most 100,000 bytes of arrays is refused, after at most 50 objects."""
+    fetched = 0
+
+    def fetch(object_id: str) -> bytes | None:
+        nonlocal fetched
+        fetched += 1
+        assert fetched <= 50
+        return objects[object_id]
+
+    arriving = Arriving(root, fetch, folder, 100_000)
+    with pytest.raises(ValueError) as refused:
+        arriving.content()
+    arriving.drop()
+    assert list(folder.iterdir()) == []
+    return str(refused.value)
+
+
+def test_a_piece_that_an_array_names_over_and_over_is_not_written_over_and_over(tmp_path: Path) -> None:
+    piece = made_object("ArrayChunk", [], bytes(30_000))
+    nothing = made_object("ArrayChunk", [], b"")
+
+    def told(order: Sequence[int]) -> bytes:
+        return json.dumps({"dtype": "uint8", "shape": [1], "stype": "bytes", "arraychunk_ids": order}).encode()
+
+    four = made_object("Array", [piece[0]], told([0, 0, 0, 0]))  # 120,000 bytes
+    assert arrives(four[0], dict([piece, four]), tmp_path) == "more than 100000 bytes"
+    many = made_object("Array", [nothing[0]], told([0] * 10_000))
+    assert "pieces" in arrives(many[0], dict([nothing, many]), tmp_path)
+
+
+def test_objects_that_share_children_are_not_walked_again_and_again(tmp_path: Path) -> None:
+    """Each of 60 objects has the one before as a child, twice: 2^60 ways lead to the first."""
+    objects = dict([below := made_object("RecordDict", [], b"")])
+    for level in range(60):
+        objects.update([below := made_object("RecordDict", [below[0]] * 2, str(level).encode())])
+    refused = arrives(below[0], objects, tmp_path)
+    assert "twice" in refused or "objects beside the pieces" in refused
+    leaf = made_object("RecordDict", [], b"")
+    twice = made_object("RecordDict", [leaf[0]] * 2, b"")
+    assert "twice" in arrives(twice[0], dict([leaf, twice]), tmp_path)
+
+
+def test_what_is_beside_arrays_stays_small(tmp_path: Path) -> None:
+    records = [made_object("ConfigRecord", [], bytes([number]) * 6 * 2**20) for number in range(3)]
+    root = made_object("RecordDict", [record[0] for record in records], b"")
+    assert "beside its arrays" in arrives(root[0], dict([*records, root]), tmp_path)
 
 
 def test_what_a_server_serves_is_written_as_an_address() -> None:

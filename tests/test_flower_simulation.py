@@ -107,6 +107,7 @@ def listening(process: psutil.Process) -> set[str]:
     return {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets}
 
 
+@pytest.mark.slow
 def test_a_federation_in_ray_s_processes(tmp_path: Path) -> None:
     """One engine through its life: replies, rest, failures, a process that is killed, and nothing left in the end."""
     here = psutil.Process()

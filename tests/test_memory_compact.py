@@ -162,6 +162,7 @@ print(json.dumps({"budget": budget, "experts": experts, "inside": inside, "free"
 """Trains with a limit on what may be allocated: room for a quarter of the experts, a step, and a sixteenth to spare."""
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_client_with_room_for_a_quarter_of_the_experts_trains_in_that_room(tune: str) -> None:

@@ -383,6 +383,7 @@ def test_same_input_same_bits() -> None:
 
 
 # torch's compiler looks at gradients of tensors that have none, and is warned by torch.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_model_gives_the_same_logits_and_gradients() -> None:
     """The experts are left out of the graph; what is around them is compiled."""

@@ -182,7 +182,14 @@ def test_killed_and_resumed_runs_have_the_same_lines_and_bits(vision: Vision, re
     assert lines(run, "personal", "personal_summary") == lines(reference, "personal", "personal_summary")
 
 
-@pytest.mark.parametrize("fault", ["drop", "raise", "garbage", "old_round", "stranger", "twice"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "drop",
+        "garbage",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("raise", "old_round", "stranger", "twice")),
+    ],
+)
 def test_a_client_that_gives_no_usable_answer_is_left_out_and_named(
     vision: Vision, reference: Path, tmp_path: Path, fault: str
 ) -> None:

@@ -358,7 +358,13 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Vision:
     return Vision.made(tmp_path_factory.mktemp("vision"))
 
 
-@pytest.mark.parametrize("method", method_names())
+OFTEN = ("a3smoe", "flora", "flux")
+"""One without memory, one that changes the base, one with idle work; `make test-slow` asks all."""
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in method_names()]
+)
 def test_every_method_has_the_local_engines_bits(
     method: str, runs: ReusedPool, tiny_model_folder: Path, tiny_data: Path, vision: Vision, tmp_path: Path
 ) -> None:
@@ -382,6 +388,7 @@ def test_every_method_has_the_local_engines_bits(
     assert len(here[1]) == 2 * 4
 
 
+@pytest.mark.slow
 def test_a_run_with_processes_from_start_to_report(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> None:
     """As users start it; a run may also begin with one engine and go on with another."""
     given = config(tiny_model_folder, tiny_data, evaluation={"every": 0, "max_examples": 2})

@@ -187,7 +187,13 @@ def test_evaluating_changes_nothing_and_reports_how_far_it_is(models: Made, data
 # Whole runs.
 
 
-@pytest.mark.parametrize("method", TRAINS_CLASSIFIERS)
+OFTEN = ("fft_moe", "flora", "linear_probe")
+"""One of each adapter; `make test-slow` runs all methods."""
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in TRAINS_CLASSIFIERS]
+)
 def test_a_whole_run_of_image_classification(vision: Vision, tmp_path: Path, method: str) -> None:
     """The brighter an image the later its class: three rounds lower the loss at every tier."""
     values = vision.config(method={"name": method}, training={"rounds": 3, "local_epochs": 2})

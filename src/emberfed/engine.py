@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, final
 
 from emberfed import plugins
+from emberfed.errors import ConfigError, closest, one_of
 from emberfed.records import ClientFailed, Question, Reply
 from emberfed.sections import Section
 
@@ -29,7 +30,7 @@ class Clients(Protocol):
 
 
 class Recipe(Protocol):
-    """How to make the same clients again in another process; it can be pickled. `worker_recipe.WorkerRecipe`."""
+    """How to make the same clients again in another process; it can be pickled. `assembly.WorkerRecipe`."""
 
     def open(self) -> AbstractContextManager[Clients]:
         """Load model and data here, and give the clients. Raises: EmberfedError."""
@@ -99,4 +100,7 @@ def load_engine(name: str) -> type[Engine]:
 
     Raises: ConfigError listing what exists if it is unknown, or naming the extra that is not installed.
     """
-    return plugins.load("emberfed.engines", str(name).replace("-", "_"), Engine)  # type: ignore[type-abstract]
+    plain, existing = str(name).replace("_", "-"), engine_names()
+    if plain not in existing:
+        raise ConfigError(f"unknown engine {name!r}{closest(plain, existing)} (there are {one_of(existing)})")
+    return plugins.load("emberfed.engines", plain.replace("-", "_"), Engine)  # type: ignore[type-abstract]

@@ -54,7 +54,7 @@ class Sharing(Protocol):
 
 @runtime_checkable
 class Movable(Recipe, Protocol):
-    """A recipe that can be told where its model is to be; `worker_recipe.WorkerRecipe`."""
+    """A recipe that can be told where its model is to be; `assembly.WorkerRecipe`."""
 
     def on(self, device: Literal["cpu", "cuda"]) -> Recipe:
         """Return the recipe with another `model.device`."""

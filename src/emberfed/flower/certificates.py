@@ -118,9 +118,22 @@ def server_files(folder: Path) -> ServerFiles:
     if _public_bytes(chain[0].public_key()) != _public_bytes(_private_key(key).public_key()):
         raise EngineError(f"{key} is not the key of {certificate}: they do not belong together; copy both again")
     _check_chain(chain, authorities, certificate, ca)
-    return ServerFiles(
-        ca, certificate, key, _names(chain[0], certificate), chain[0].not_valid_after_utc, _known(folder)
-    )
+    clients, problems = client_keys(folder)
+    if problems:
+        raise problems[0]
+    return ServerFiles(ca, certificate, key, _names(chain[0], certificate), chain[0].not_valid_after_utc, clients)
+
+
+def client_keys(folder: Path) -> tuple[dict[str, ec.EllipticCurvePublicKey], list[EngineError]]:
+    """Return the clients' keys that lie in a server's folder, by the clients' ids, and what is wrong with others."""
+    names: dict[bytes, str] = {}
+    keys, problems = {}, []
+    for path in sorted((folder / "clients").glob("*.pub")):
+        try:
+            keys[path.stem] = _client_key(path, names)
+        except EngineError as problem:
+            problems.append(problem)
+    return keys, problems
 
 
 def client_files(folder: Path) -> ClientFiles:
@@ -296,19 +309,15 @@ def _usage(signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _known(folder: Path) -> dict[str, ec.EllipticCurvePublicKey]:
-    """Return the clients' keys that lie in a server's folder. Raises: EngineError."""
-    names: dict[bytes, str] = {}
-    keys = {}
-    for path in sorted((folder / "clients").glob("*.pub")):
-        key = _public_key(path)
-        if not _CLIENT.fullmatch(path.stem) or path.stem in _RESERVED:
-            raise EngineError(f"{path}: a client cannot be named {path.stem!r}; name the file after the client")
-        other = names.setdefault(_public_bytes(key), path.stem)
-        if other != path.stem:
-            raise EngineError(f"clients {other!r} and {path.stem!r} have the same key in {path.parent}; make one anew")
-        keys[path.stem] = key
-    return keys
+def _client_key(path: Path, names: dict[bytes, str]) -> ec.EllipticCurvePublicKey:
+    """Return a client's key, and add its name to those of other keys. Raises: EngineError."""
+    key = _public_key(path)
+    if not _CLIENT.fullmatch(path.stem) or path.stem in _RESERVED:
+        raise EngineError(f"{path}: a client cannot be named {path.stem!r}; name the file after the client")
+    other = names.setdefault(_public_bytes(key), path.stem)
+    if other != path.stem:
+        raise EngineError(f"clients {other!r} and {path.stem!r} have the same key in {path.parent}; make one anew")
+    return key
 
 
 def _public_key(path: Path) -> ec.EllipticCurvePublicKey:

@@ -45,6 +45,7 @@ from flwr.proto.runtime_pb2 import (
 from flwr.supercore.constant import TASK_TOKEN_HEADER, TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     get_all_nested_objects,
     get_object_tree,
     no_object_id_recompute,
@@ -58,9 +59,9 @@ from flwr.supercore.protobuf.client import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from pydantic import Field
 
-from emberfed.errors import EngineError
+from emberfed.errors import EmberfedError, EngineError
 from emberfed.events import Listener, Notice
-from emberfed.flower.arriving import Arriving
+from emberfed.flower.arriving import LARGEST_BYTES, Arriving, TooLarge
 from emberfed.flower.certificates import server_files
 from emberfed.flower.conversation import ConversationConfig, Lost
 from emberfed.flower.server_process import SuperLinkProcess
@@ -99,12 +100,14 @@ class DeploymentConfig(ConversationConfig):
         join_seconds: How long clients are waited for before the first round.
         grace_seconds: How long the SuperLink, and with it the clients' connections and what they are doing, outlives a
             server that was killed.
+        largest_reply_bytes: What a client's reply may come to: so much of the server's disk and memory it may take.
     """
 
     host: str = "0.0.0.0"
     port: int = Field(9092, ge=1, le=65535)
     join_seconds: float = Field(300.0, ge=0)
     grace_seconds: float = Field(300.0, ge=0)
+    largest_reply_bytes: int = Field(LARGEST_BYTES, ge=1)
 
 
 def open_link(settings: DeploymentConfig, state: Path, certificates: Path | None, listen: Listener) -> SuperLinkLink:
@@ -128,7 +131,7 @@ def open_link(settings: DeploymentConfig, state: Path, certificates: Path | None
     serving = Serving(settings.host, settings.port, folder, settings.grace_seconds)
     process = SuperLinkProcess(ServerState(state / "superlink"), serving)
     try:
-        return SuperLinkLink(process, settings.patience_seconds, listen)
+        return SuperLinkLink(process, settings, listen)
     except BaseException:
         process.leave()
         raise
@@ -167,30 +170,34 @@ class _Sent:
         activation: When that node last connected, as Flower tells it.
         until: When it is forgotten, on the monotonic clock, in seconds.
         arriving: Its reply, once that has begun to come.
+        settled: Whether its node has answered in another message: a client is sent nothing more before it has settled
+            what it was sent, so this one asks the same.
     """
 
     node: int
     activation: str
     until: float
     arriving: Arriving | None = None
+    settled: bool = False
 
 
 @final
 class SuperLinkLink:
     """A run on a SuperLink, kept alive in both senses: its task gives signs of life, and its process is watched."""
 
-    def __init__(self, process: SuperLinkProcess, patience_seconds: float, listen: Listener) -> None:
+    def __init__(self, process: SuperLinkProcess, settings: DeploymentConfig, listen: Listener) -> None:
         """Begin a run.
 
         Args:
             process: Our share in the SuperLink.
-            patience_seconds: How long a SuperLink that does not answer is waited for.
+            settings: How long a SuperLink that does not answer is waited for, and how large replies may be.
             listen: Told when it had to be started again.
 
         Raises: EngineError, StorageError.
         """
         self._process = process
-        self._patience_seconds = patience_seconds
+        self._patience_seconds = settings.patience_seconds
+        self._largest_reply_bytes = settings.largest_reply_bytes
         self._listen = listen
         self._notices: SimpleQueue[str] = SimpleQueue()
         self._clients: list[ProtobufClient] = []
@@ -213,7 +220,7 @@ class SuperLinkLink:
 
         Raises: EngineError.
         """
-        self._forget_old()
+        self._in_run(lambda session: self._withdraw_old())  # noqa: ARG005
         if node not in self._activations:
             self.nodes()
         return self._in_run(lambda session: self._push(session, node, content, ttl_seconds))
@@ -228,11 +235,14 @@ class SuperLinkLink:
             return Lost("the SuperLink lost the run that the message was sent in", away=True)
         try:
             answer = self._pull(message, sent)
+            if answer is not None:
+                self._withdraw(message)
         except _RunOver:
             self._renew()
             return Lost("the SuperLink lost the run that the message was sent in", away=True)
-        if answer is not None:
-            self._forget(message)
+        if isinstance(answer, RecordDict):
+            for other in self._sent.values():
+                other.settled = other.settled or other.node == sent.node
         return answer
 
     def close(self) -> None:
@@ -259,17 +269,29 @@ class SuperLinkLink:
                 messages_list=[message_to_proto(remove_content_from_message(message))],
                 message_object_trees=[get_object_tree(message)],
             )
-            objects = get_all_nested_objects(message)
-            # All of it may be repeated: what is known by its content is stored once.
-            while True:
-                answer = self._call(lambda session: session.client.PushMessages(request))
-                missing = [(one, objects[one]) for one in answer.objects_to_push]
-                if all(self._push_object(answer.session_id, one, found.deflate()) for one, found in missing):
-                    break
-        if answer.message_ids == [message_id]:  # else Flower knows no such node any more
+            taken = self._handed_over(request, get_all_nested_objects(message))
+        if taken == [message_id]:  # else Flower knows no such node any more
             until = time.monotonic() + ttl_seconds
             self._sent[message_id] = _Sent(node, self._activations.get(node, ""), until)
         return message_id
+
+    def _handed_over(self, request: PushAppMessagesRequest, objects: Mapping[str, InflatableObject]) -> Sequence[str]:
+        """Push a message with its objects; return its id, or nothing. Raises: EngineError if it cannot be kept."""
+        until: float | None = None
+        # All of it may be repeated: what is known by its content is stored once.
+        while True:
+            answer = self._call(lambda session: session.client.PushMessages(request))
+            missing = [(one, objects[one]) for one in answer.objects_to_push]
+            if all(self._push_object(answer.session_id, one, found.deflate()) for one, found in missing):
+                return list(answer.message_ids)
+            until = time.monotonic() + self._patience_seconds if until is None else until
+            if time.monotonic() >= until:
+                raise EngineError(
+                    f"the SuperLink of {self._process.state.root} could not keep a message for "
+                    f"{self._patience_seconds:g} s (engine.patience_seconds): make room if its disk is full; "
+                    f"{self._process.state.log} says why, and ends with: {self._process.last_line()}"
+                )
+            time.sleep(_RETRY_SECONDS)
 
     def _push_object(self, push_session: str, object_id: str, content: bytes) -> bool:
         def push(session: _Session) -> bool:
@@ -282,24 +304,33 @@ class SuperLinkLink:
 
     def _pull(self, message: str, sent: _Sent) -> RecordDict | Lost | None:
         if sent.arriving is None:
-            request = PullAppMessagesRequest(message_ids=[message])
-            answer = self._call(lambda session: session.client.PullMessages(request))
-            if not answer.messages_list:
+            reply = self._replied(message, sent)
+            if reply is None:
                 restarted = self._activations.get(sent.node, sent.activation) != sent.activation
                 return Lost("its node connected anew, and has forgotten the message", away=True) if restarted else None
-            reply = message_from_proto(answer.messages_list[0])
             if reply.has_error():
                 return _lost(reply)
-            sent.arriving = Arriving(reply.metadata.message_id, self._fetched, self._process.state.root)
+        assert sent.arriving is not None
         try:
-            content = sent.arriving.content()
+            return sent.arriving.content()
         except _BrokenOff:
             return Lost("its upload broke off", away=True)
+        except TooLarge as error:
+            told = f"its reply has {error}; engine.largest_reply_bytes is {self._largest_reply_bytes}"
+            return Lost(as_line(told), away=False)
         except ValueError as error:
             return Lost(as_line(f"its reply is none of Flower's messages: {error}"), away=False)
-        if content is not None:
-            self._confirm(sent.arriving.message)
-        return content
+
+    def _replied(self, message: str, sent: _Sent) -> Message | None:
+        """Return the reply without its content, which arrives from now on, or None if there is none yet."""
+        request = PullAppMessagesRequest(message_ids=[message])
+        answer = self._call(lambda session: session.client.PullMessages(request))
+        if not answer.messages_list:
+            return None
+        reply = message_from_proto(answer.messages_list[0])
+        root, most = self._process.state.root, self._largest_reply_bytes
+        sent.arriving = Arriving(reply.metadata.message_id, self._fetched, root, most)
+        return reply
 
     def _fetched(self, object_id: str) -> bytes | None:
         def fetch(session: _Session) -> PullObjectResponse:
@@ -310,17 +341,25 @@ class SuperLinkLink:
             raise _BrokenOff
         return answer.object_content if answer.object_available else None
 
-    def _confirm(self, reply: str) -> None:
-        def confirm(session: _Session) -> None:
-            request = ConfirmMessageReceivedRequest(node=_US, run_id=session.run, message_object_id=reply)
-            session.client.ConfirmMessageReceived(request)
-
-        self._call(confirm)
-
-    def _forget_old(self) -> None:
+    def _withdraw_old(self) -> None:
+        """Withdraw what nobody waits for: messages that are past their time, and those that were answered twice."""
         now = time.monotonic()
-        for message in [message for message, sent in self._sent.items() if sent.until < now]:
-            self._forget(message)
+        for message, sent in list(self._sent.items()):
+            if sent.until < now or (sent.settled and self._replied(message, sent) is not None):
+                self._withdraw(message)
+
+    def _withdraw(self, message: str) -> None:
+        """Forget a message, and have the SuperLink forget what it keeps of it and of its reply."""
+
+        def confirm(session: _Session) -> None:
+            for one in kept:
+                request = ConfirmMessageReceivedRequest(node=_US, run_id=session.run, message_object_id=one)
+                session.client.ConfirmMessageReceived(request)
+
+        arriving = self._sent[message].arriving
+        kept = [message] if arriving is None else [message, arriving.message]
+        self._call(confirm)
+        self._forget(message)
 
     def _forget(self, message: str) -> None:
         sent = self._sent.pop(message)
@@ -418,12 +457,12 @@ class SuperLinkLink:
     def _give_signs_of_life(self) -> None:
         while not self._closing.wait(_HEARTBEAT_SECONDS):
             session = self._session
-            try:
-                session.client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-            except httpx.TransportError:
-                self._recovered(session)
-            except httpx.HTTPStatusError:
-                pass  # whoever uses the link next hears of it
+            # Whoever uses the link next hears of it; here, the next sign may find it mended.
+            with suppress(httpx.HTTPStatusError, EmberfedError, OSError):
+                try:
+                    session.client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+                except httpx.TransportError:
+                    self._recovered(session)
 
     def _tell(self) -> None:
         with suppress(Empty):

@@ -71,7 +71,7 @@ class Desk(Protocol):
         ...
 
     def rest(self) -> None:
-        """Do what there is to do after an answer, while the server goes on."""
+        """Do what there is to do after an answer, while the server goes on. Raises: StorageError."""
         ...
 
 
@@ -121,7 +121,15 @@ class Answered:
     problem: str | None
 
 
-NodeEvent = Connected | Waiting | Answered
+@final
+@dataclass(frozen=True, slots=True)
+class Unrested:
+    """What there was to do after an answer could not be finished; it is done again when it is needed."""
+
+    reason: str
+
+
+NodeEvent = Connected | Waiting | Answered | Unrested
 NodeListener = Callable[[NodeEvent], None]
 
 
@@ -160,17 +168,21 @@ def check(settings: NodeSettings) -> None:
 
 
 @final
-@dataclass(frozen=True, slots=True)
 class _Door:
     """Where a SuperNode hands out tasks, and to whom."""
 
-    port: int
-    secret: bytes
+    def __init__(self, port: int, secret: bytes) -> None:
+        """Take where it is; nothing is connected for longer than a call."""
+        self._address = f"http://127.0.0.1:{port}"
+        signed = SuperExecAuthHttpInterceptor(
+            master_secret=secret, protected_methods=("/flwr.proto.Runtime/AcquireTask",)
+        )
+        self._taker = _Direct(self._address, interceptors=[signed])
 
     @contextlib.contextmanager
     def client(self, interceptor: ProtobufClientInterceptor) -> Iterator[RuntimeHttpClient]:
-        """Give a client of the Runtime API that goes through no proxy."""
-        client = _Direct(f"http://127.0.0.1:{self.port}", interceptors=[interceptor])
+        """Give a client of the Runtime API."""
+        client = _Direct(self._address, interceptors=[interceptor])
         try:
             yield client
         finally:
@@ -178,22 +190,25 @@ class _Door:
 
     def take(self) -> str | None:
         """Return the token of the task that waits longest; None: there is none, or no SuperNode any more."""
-        signed = SuperExecAuthHttpInterceptor(
-            master_secret=self.secret, protected_methods=("/flwr.proto.Runtime/AcquireTask",)
-        )
-        with self.client(signed) as client, contextlib.suppress(httpx.HTTPError):
-            return client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])).token or None
+        request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        with contextlib.suppress(httpx.HTTPError):
+            return self._taker.AcquireTask(request).token or None
         return None
 
 
 @final
 class _Direct(RuntimeHttpClient):
-    """Flower's client of the Runtime API, deaf to the environment's proxies."""
+    """Flower's client of the Runtime API, deaf to the environment's proxies.
+
+    It is plain HTTP on the loopback: certificates, which take long to load, are none of its business.
+    """
 
     def __init__(self, base_url: str, **arguments: Any) -> None:
-        super().__init__(base_url, **arguments)
+        super().__init__(base_url, verify=False, **arguments)
         self._client.close()
-        self._client = httpx.Client(trust_env=False, timeout=30.0)
+        self._client = httpx.Client(
+            trust_env=False, verify=False, timeout=30.0, limits=httpx.Limits(max_keepalive_connections=0)
+        )
 
 
 def _answer_one(door: _Door, desk: Desk, listen: NodeListener, folder: Path) -> bool:
@@ -208,7 +223,10 @@ def _answer_one(door: _Door, desk: Desk, listen: NodeListener, folder: Path) -> 
     except (httpx.HTTPError, ObjectPullError, ObjectPushError) as error:
         problem = f"the SuperNode ended meanwhile, and the server asks again ({type(error).__name__})"
     listen(Answered(time.monotonic() - begun, problem))
-    desk.rest()
+    try:
+        desk.rest()
+    except StorageError as error:  # room may have been made before the next question
+        listen(Unrested(str(error)))
     return True
 
 
@@ -462,12 +480,15 @@ class _Connection:
             case "back":
                 self._met()
             case "away":
+                self._waiting_since = self._waiting_since or time.monotonic()
                 self._tell_waiting(f"{self._settings.server} does not answer ({event['reason']})")
             case "gone":
                 problem = self._problem()
                 if problem is not None:
-                    raise EngineError(problem.reason)
-                self._tell_waiting(f"{self._settings.server} did not answer ({event['reason']})")
+                    self._wait_for(problem)
+                else:
+                    self._waiting_since = None
+                    self._tell_waiting(f"{self._settings.server} did not answer ({event['reason']})")
             case "refused":
                 raise EngineError(f"{self._settings.server}: {event['reason']}")
         return False

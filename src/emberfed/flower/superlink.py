@@ -8,16 +8,19 @@ that know the secret of the state folder. `server_process` starts it: `python -m
 from __future__ import annotations
 
 import asyncio
+import binascii
 import fcntl
 import gc
 import hmac
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 import traceback
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +35,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import LinkState
-from flwr.supercore.constant import NodeStatus
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NodeStatus
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
@@ -43,12 +46,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emberfed.errors import EngineError
 from emberfed.flower import introduction
-from emberfed.flower.certificates import server_files
+from emberfed.flower.certificates import client_keys, server_files
 from emberfed.flower.introduction import Introduction
 from emberfed.flower.server_state import SECRET_HEADER, Running, ServerState, Serving, hold, wait_for
 
 # An object of Flower's is 5 MB and a little; messages without their content are far smaller.
 _LARGEST_BODY_BYTES = 16 * 2**20
+_LARGE_BODIES = ("/v1/fleet/push-object", "/v1/fleet/push-messages")
+# All else is ids and keys, in some hundred bytes. Flower reads a body before it looks at the signature.
+_SMALL_BODY_BYTES = 64 * 2**10
+_MOST_CONNECTIONS = 1000
+_MOST_FILES = 4096
 # Each has a connection to the database, with a cache of 64 MB of its own; writers wait for each other anyway.
 _THREADS = 6
 _WATCH_SECONDS = 0.5
@@ -74,12 +82,21 @@ class FleetOnly:
         introduced = self._introductions and scope["path"] == introduction.PATH
         if not introduced and not scope["path"].startswith("/v1/fleet/"):
             await PlainTextResponse("not found", 404)(scope, receive, send)
-        elif scope["method"] == "POST" and not _bounded(request):
-            await PlainTextResponse("too large, or without a length", 413)(scope, receive, send)
+        elif scope["method"] == "POST" and (refusal := self._refusal(request, _body_bytes(request))) is not None:
+            await refusal(scope, receive, send)
         elif introduced:
             await (await introduction.answer(request, self._nodes.introduce))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _refusal(self, request: Request, body_bytes: int | None) -> PlainTextResponse | None:
+        """Return the answer to a request whose body is not read."""
+        largest_bytes = _LARGEST_BODY_BYTES if request.scope["path"] in _LARGE_BODIES else _SMALL_BODY_BYTES
+        if body_bytes is None or body_bytes > largest_bytes:
+            return PlainTextResponse("too large, or without a length", 413)
+        if body_bytes > _SMALL_BODY_BYTES and not self._nodes.knows(_told_key(request)):
+            return PlainTextResponse("not a client of this server", 401)
+        return None
 
 
 @final
@@ -109,31 +126,48 @@ class Nodes:
         """Take Flower's state and the server's certificates; None where clients introduce themselves."""
         self._state = state
         self._certificates = certificates
-        self._seen: dict[str, tuple[int, int]] | None = None
+        self._seen: tuple[bool, dict[str, tuple[int, int]]] | None = None
         self._registering = Lock()
+        self._keys = frozenset(node.public_key for node in self._known())
+
+    def knows(self, key: bytes) -> bool:
+        """Tell whether a public key is one of those that may connect."""
+        return key in self._keys
 
     def follow(self) -> None:
         """Register the keys that came and withdraw those that went, if the folder is no more what it was.
 
-        Raises: EngineError naming the file that cannot be used.
+        A file that cannot be used keeps no other from its effect: what a key is withdrawn for cannot wait.
+
+        Raises: EngineError naming the files that cannot be used, once for the same state of the folder.
         """
         if self._certificates is None:
             return
-        files = sorted((self._certificates / "clients").glob("*.pub"))
-        found = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+        folder = self._certificates / "clients"
+        files = {path.stem: path.stat() for path in sorted(folder.glob("*.pub"))}
+        found = folder.is_dir(), {name: (file.st_mtime_ns, file.st_size) for name, file in files.items()}
         if found == self._seen:
             return
-        known_keys = server_files(self._certificates).clients
-        wanted = {public_key_to_bytes(key): name for name, key in known_keys.items()}
-        with self._registering:
-            known = {node.public_key: node for node in self._known()}
-            for key, node in known.items():
-                if wanted.get(key) != node.name:
-                    self._state.delete_node(NOOP_FLWR_AID, node.node_id)
-            for key, name in wanted.items():
-                if key not in known or known[key].name != name:
-                    self._create(name, key)
         self._seen = found
+        with self._registering:
+            known = self._known()
+            if known and not folder.is_dir():  # a disk that is not mounted: Flower would keep that for good
+                raise EngineError(f"{folder} is gone; no key is withdrawn for that: put it back, or make it empty")
+            keys, problems = client_keys(self._certificates)
+            wanted = {name: public_key_to_bytes(key) for name, key in keys.items()}
+            for node in known:
+                if node.name not in files or wanted.get(node.name, node.public_key) != node.public_key:
+                    self._state.delete_node(NOOP_FLWR_AID, node.node_id)
+            here = {(node.name, node.public_key) for node in known}
+            for name, key in wanted.items():
+                if (name, key) not in here:
+                    try:
+                        self._create(name, key)
+                    except EngineError as problem:
+                        problems.append(problem)
+            self._keys = frozenset(node.public_key for node in self._known())
+        if problems:
+            raise EngineError("; ".join(map(str, problems)))
 
     def introduce(self, who: Introduction) -> str | None:
         """Take a name with its key, if no other node is connected under it; return why not otherwise."""
@@ -155,6 +189,8 @@ class Nodes:
                 self._create(who.name, key)
             except EngineError as error:
                 return str(error)
+            finally:
+                self._keys = frozenset(node.public_key for node in self._known())
         return None
 
     def _known(self) -> list[NodeInfo]:
@@ -171,9 +207,18 @@ class Nodes:
             ) from error
 
 
-def _bounded(request: Request) -> bool:
+def _body_bytes(request: Request) -> int | None:
+    """Return what a request says of its length; None: nothing that can be a length."""
     length = request.headers.get("content-length", "")
-    return length.isdecimal() and int(length) <= _LARGEST_BODY_BYTES
+    return int(length) if length.isdecimal() and len(length) < 20 else None
+
+
+def _told_key(request: Request) -> bytes:
+    """Return the public key that a request says it is signed with; without one, nothing."""
+    try:
+        return b64decode(request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, ""), validate=True)
+    except (ValueError, binascii.Error):
+        return b""
 
 
 def _public_key(told: bytes) -> bytes:
@@ -217,6 +262,7 @@ class _Process:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                limit_concurrency=_MOST_CONNECTIONS,
                 timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
                 ssl_certfile=None if folder is None else folder / "server.pem",
                 ssl_keyfile=None if folder is None else folder / "server.key",
@@ -235,6 +281,8 @@ class _Process:
 
     async def serve(self) -> None:
         """Serve until told to end, or left alone for the grace period."""
+        if self._serving.certificates is not None:
+            server_files(Path(self._serving.certificates))
         self._nodes.follow()
         anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
         loop = asyncio.get_running_loop()
@@ -304,6 +352,13 @@ def _lifespan(state: ServerState) -> SuperLinkLifespanConfig:
     )
 
 
+def _allow_files() -> None:
+    """See that as many connections as there may be leave files for the database and for our servers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < _MOST_FILES:  # -1 is: as many as you like
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(_MOST_FILES, hard) if hard >= 0 else _MOST_FILES, hard))
+
+
 def main(root: str, serving: str, public: str, private: str) -> None:
     """Serve.
 
@@ -314,6 +369,7 @@ def main(root: str, serving: str, public: str, private: str) -> None:
         private: The file descriptor of the loopback's.
     """
     state = ServerState(Path(root))
+    _allow_files()
     wait_for(state.alive, fcntl.LOCK_EX, _LOCK_SECONDS, "another SuperLink has this state folder")
     sockets = [socket.socket(fileno=int(descriptor)) for descriptor in (public, private)]
     process = _Process(state, Serving(**json.loads(serving)), sockets[0], sockets[1])

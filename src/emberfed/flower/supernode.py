@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -36,10 +37,11 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import TaskType
@@ -77,7 +79,7 @@ _SHORTEST_POLL_SECONDS = 0.1
 _LONGEST_POLL_SECONDS = 0.5
 _UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 _GRACE_SECONDS = 5
-_TRIES = 3  # of one message's pieces, for a server that was restarted in the middle of them
+_RETRY_SECONDS = 2.0  # between attempts to hand over what the server has no room for
 
 Tell = Callable[[Mapping[str, Any]], None]
 
@@ -116,9 +118,13 @@ class Fleet:
                 NodeAuthHttpInterceptor(key, key.public_key()),
             ],
         )
+        # What answers for the server must not make us call others, inside the network we are in.
+        self._client._client.follow_redirects = False
         self._memory = Path(order.memory)
         self._in_hand: bytes | None = None
         self._away = threading.Event()
+        self._joining = threading.Lock()  # a heartbeat in the middle of it would make the server refuse us
+        self._unheard = False
         self.node = Node()
 
     def join(self) -> None:
@@ -126,7 +132,14 @@ class Fleet:
 
         Raises: Refused, Away, StorageError.
         """
-        self._leave_earlier()
+        with self._joining:
+            self._leave_earlier()
+            self._activate()
+        self._give_up()
+        self._remember(None)
+        self._unheard = False
+
+    def _activate(self) -> None:
         try:
             if self._order.introduced_as is not None:
                 introduction = Introduction(self._order.introduced_as, self._key)
@@ -137,8 +150,6 @@ class Fleet:
             raise Refused(str(error)) from error
         except httpx.HTTPStatusError as error:
             raise Refused(_refusal(error)) from error
-        self._give_up()
-        self._remember(None)
 
     def leave(self) -> None:
         """Tell the server at once; if it is away, it finds out by itself."""
@@ -150,19 +161,25 @@ class Fleet:
 
     def beat(self) -> bool:
         """Tell the server that this node lives; False: not heard."""
-        request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        try:
-            return bool(self._client.SendNodeHeartbeat(request).success)
-        except (httpx.HTTPError, RuntimeError):
-            return False
+        with self._joining:
+            request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+            try:
+                return bool(self._client.SendNodeHeartbeat(request).success)
+            except (httpx.HTTPError, RuntimeError):
+                return False
 
     def pull(self) -> tuple[Message, ObjectTree] | None:
         """Return the oldest message for this node, without its content, and what the content is made of.
 
-        It is in hand from now until `settled`. Raises: Away, StorageError.
+        It is in hand from now until `settled`. The server gives each away once: if an answer of its got lost, and
+        perhaps a message in it, this node joins anew, which the server sees, and it asks again.
+
+        Raises: Refused, Away, StorageError.
         """
-        response = self._patiently(self._client.PullMessages, PullMessagesRequest(node=self.node))
+        response = self._patiently(self._pull_once, PullMessagesRequest(node=self.node))
         if not response.messages_list:
+            if self._unheard:
+                self.join()
             return None
         self._remember(response.messages_list[0].SerializeToString())
         return message_from_proto(response.messages_list[0]), response.message_object_trees[0]
@@ -185,10 +202,14 @@ class Fleet:
     def push(self, message: Message, tree: ObjectTree, seconds: float, content: Callable[[str], bytes]) -> None:
         """Send a message without its content, then those of its objects that the server lacks.
 
+        An object that it cannot keep (its disk is full, say) is sent again: the message is not, since Flower takes none
+        once the server has looked for it.
+
         Raises:
-            ObjectPushError: If the server does not take them.
+            ObjectPushError: If the server does not take them, for as long as it is waited for.
             Away: If the server is gone.
         """
+        until = time.monotonic() + self._order.patience_seconds
         response = self._patiently(
             self._client.PushMessages,
             PushMessagesRequest(
@@ -198,23 +219,64 @@ class Fleet:
                 clientapp_runtime_list=[seconds],
             ),
         )
-        send = make_push_object_fn_protobuf(
-            self._bound(self._client.PushObject), self.node, message.metadata.run_id, response.session_id
+        run_id, lacking = message.metadata.run_id, set(response.objects_to_push)
+        push = make_push_object_fn_protobuf(
+            self._bound(self._client.PushObject), self.node, run_id, response.session_id
         )
-        lacking = set(response.objects_to_push)
+        if not lacking:  # it takes no answer any more, or the answer to the same call got lost
+            raise ObjectPushError(tree.object_id, run_id, response.session_id)
+
+        def send(object_id: str, part: bytes) -> None:
+            while True:
+                try:
+                    return push(object_id, part)
+                except ObjectPushError:
+                    here = self._here(run_id, object_id)
+                    if here is None or (not here and time.monotonic() >= until):
+                        raise
+                if here:  # the answer to an earlier call got lost
+                    return None
+                time.sleep(_RETRY_SECONDS)
+
         ids = dict.fromkeys(part.object_id for part in iterate_object_tree(tree) if part.object_id in lacking)
         push_object_contents_from_iterable(((id_, content(id_)) for id_ in ids), send)
 
+    def withdraw(self, message: Message) -> None:
+        """Take back a reply that the server may have a part of: it finds that gone, and asks again.
+
+        An error instead of it would be refused: Flower takes one reply to a message.
+        """
+        run_id, message_id = message.metadata.run_id, message.metadata.message_id
+        with suppress(httpx.HTTPError):  # then it finds out when the upload expires
+            self._client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(node=self.node, run_id=run_id, message_object_id=message_id)
+            )
+
+    def _pull_once(self, request: PullMessagesRequest) -> PullMessagesResponse:
+        try:
+            return self._client.PullMessages(request)
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise  # it was never sent
+        except (httpx.TransportError, httpx.HTTPStatusError):
+            self._unheard = True
+            raise
+
+    def _here(self, run_id: int, object_id: str) -> bool | None:
+        """Return whether the server has an object; None if it does not expect it any more."""
+        request = PullObjectRequest(node=self.node, run_id=run_id, object_id=object_id)
+        found = self._patiently(self._client.PullObject, request)
+        return bool(found.object_available) if found.object_found else None
+
     def _leave_earlier(self) -> None:
-        """Take leave of what this node was before it was killed: it would count as connected for a minute."""
+        """Take leave of what this node was before: it would count as connected for a minute. Raises: Away."""
         try:
             memory = json.loads(self._memory.read_bytes())
             earlier, in_hand = int(memory["node"]), bytes.fromhex(memory["in_hand"])
         except (OSError, ValueError, KeyError, TypeError):
             return
         try:
-            self._client.DeactivateNode(DeactivateNodeRequest(node_id=earlier))
-        except (httpx.HTTPError, RuntimeError):
+            self._patiently(self._client.DeactivateNode, DeactivateNodeRequest(node_id=earlier))
+        except httpx.HTTPStatusError:
             return  # it was not connected, or is another server's
         self._in_hand = in_hand
 
@@ -312,18 +374,20 @@ class Office:
             finally:
                 self._state.delete_messages(message_ids=[message_id, asked_id])
                 self._store.delete(message_id)
+                self._store.delete(asked_id)  # still there if whoever took the task could not keep it
         self._fleet.settled()
 
     def _push(self, message: Message, tree: ObjectTree, seconds: float) -> None:
-        for _ in range(_TRIES):
-            try:
-                return self._fleet.push(message, tree, seconds, self._content)
-            except ObjectPushError as error:  # a server that was restarted has forgotten that they would come
-                print(f"reply {message.metadata.message_id}: {error}", file=sys.stderr, flush=True)
-            except httpx.HTTPStatusError as error:
-                print(f"reply {message.metadata.message_id} is refused: {error}", file=sys.stderr, flush=True)
-                return None
-        return None
+        """Send a reply, or see to it that the server does not wait for it. Raises: Away, httpx.HTTPStatusError."""
+        try:
+            self._fleet.push(message, tree, seconds, self._content)
+        except ObjectPushError as error:
+            print(f"reply {message.metadata.message_id} is taken back: {error}", file=sys.stderr, flush=True)
+            self._fleet.withdraw(message)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+                raise
+            print(f"reply {message.metadata.message_id} is refused: {error}", file=sys.stderr, flush=True)
 
     def _content(self, object_id: str) -> bytes:
         content = self._store.get(object_id)
@@ -387,12 +451,13 @@ def _serve(order: Order, tell: Tell) -> NoReturn:
 def _runtime(factory: NodeStateFactory, secret: bytes) -> uvicorn.Server:
     """Start Flower's Runtime API on a free port of this machine alone."""
     app = create_app(state_factory=factory, superexec_auth_secret=secret)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, access_log=False, log_level="warning"))
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, ws="none", access_log=False, log_level="warning")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while thread.is_alive() and not server.started:
         time.sleep(0.02)
-    if not server.servers:
+    if not server.started:
         raise Refused("the SuperNode could not listen on this machine's loopback address")
     return server
 
@@ -414,9 +479,13 @@ def _say(event: Mapping[str, Any]) -> None:
 
 
 def _is_final(error: Exception) -> bool:
+    """Return whether waiting cannot mend it: a refusal, or a certificate that is not the server's."""
     if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code < 500
-    return any(word in str(error).lower() for word in ("certificate", "ssl", "tls"))
+        return error.response.status_code < httpx.codes.INTERNAL_SERVER_ERROR
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def _code(error: httpx.HTTPStatusError) -> int | None:
