@@ -157,3 +157,5 @@ def _tell_of_node(listen: events.Listener, event: node.NodeEvent) -> None:
         listen(events.Notice("info", f"connected to {event.server}"))
     elif isinstance(event, node.Waiting):
         listen(events.Notice("warning", f"waiting for the server: {event.reason}"))
+    elif isinstance(event, node.Unrested):
+        listen(events.Notice("warning", f"idle work was not finished, and is done when it is needed: {event.reason}"))
