@@ -251,6 +251,20 @@ def test_a_client_that_never_answers_fails_at_its_deadline_and_holds_nobody_up()
     assert 100 <= clock.seconds < 101
 
 
+def test_a_round_has_a_deadline_of_its_own_for_all_that_are_not_answered() -> None:
+    """One at a time: a answers after 10 s, b never, and c is not even asked once the round's 30 s are over."""
+    clock, network = federation(a=_Node(good, 10.0), b=_Node(lambda heard: None), c=_Node(good))
+    talk = conversation(clock, network, in_flight=1, round_deadline_seconds=30.0)
+    replies = list(talk.map(question(name) for name in "abc"))
+    assert replies[0] == expected("a")
+    assert [one.client for one in replies[1:]] == ["b", "c"]
+    assert {reason(one) for one in replies[1:]} == {"no reply within the round's 30 s (engine.round_deadline_seconds)"}
+    assert 30 <= clock.seconds < 31
+    assert [client for client, _, _ in network.pushed] == ["a", "b"]
+    (reply,) = talk.map([question("a", round=4)])
+    assert isinstance(reply, Reply), "the next round has its own"
+
+
 def test_a_late_reply_is_never_fetched() -> None:
     """Client a answers 20 s after its deadline, while the next round is under way."""
     clock, network = federation(a=_Node(good, 120.0))
