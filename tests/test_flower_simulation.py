@@ -200,5 +200,5 @@ def test_the_engine_goes_by_its_name_in_configurations() -> None:
     assert parse(given).engine == FlowerSimulationConfig(processes=3)
     with pytest.raises(ConfigError, match=r"engine.*in_flight is 2, which leaves some of 3 processes idle"):
         parse({**given, "engine": {**given["engine"], "in_flight": 2}})
-    with pytest.raises(ConfigError, match="unknown engine 'flower_simulatoin'; did you mean 'flower_simulation'"):
+    with pytest.raises(ConfigError, match="unknown engine 'flower-simulatoin'; did you mean 'flower-simulation'"):
         load_engine("flower-simulatoin")
