@@ -207,6 +207,7 @@ def test_seconds_of_the_clock_as_people_read_them(value: float, shown: str) -> N
     assert plain(numbers.clock(value)) == shown
 
 
+@pytest.mark.slow
 def test_doctor_measures_this_machine_as_a_tier_s_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = Device.model_validate(json.loads(invoke("doctor", "--measure", "--json").stdout)["device"])

@@ -211,6 +211,7 @@ def test_a_killed_client_leaves_no_orphan_and_comes_back_at_once(
         assert isinstance(federation.answer(federation.ask("anna", what="echo")), RecordDict)
 
 
+@pytest.mark.slow
 def test_a_supernode_killed_in_the_middle_of_an_answer_is_replaced(federation: Federation, anna: Client) -> None:
     """What it was asked is lost, and the server is told so, long before the old heartbeat expires."""
     lost = federation.ask("anna", what="wait", seconds=3.0)
@@ -258,6 +259,7 @@ def test_a_server_that_cannot_be_trusted_or_reached_is_named(federation: Federat
         assert told in lines[0]
 
 
+@pytest.mark.slow
 def test_without_certificates_a_client_says_its_name(tmp_path: Path) -> None:
     port = free_port()
     settings = DeploymentConfig(host="127.0.0.1", port=port, grace_seconds=0.0)

@@ -195,9 +195,9 @@ def test_one_run_is_one_experiment(reference: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "differ"),
     [
-        ({"hidden_size": 48}, "parameters, sha256"),
+        pytest.param({"hidden_size": 48}, "parameters, sha256", marks=pytest.mark.slow),
         ({"seed": 1}, "sha256"),
-        ({"num_experts_per_tok": 3}, "native_top_k"),
+        pytest.param({"num_experts_per_tok": 3}, "native_top_k", marks=pytest.mark.slow),
     ],
 )
 def test_another_base_model_is_noticed(
