@@ -6,6 +6,7 @@ model and data once. Ray is confined to the loopback interface, and tells nobody
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -355,8 +356,9 @@ def _surroundings(folder: Path) -> Iterator[None]:
     os.environ.update(values)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves files and processes to the collector
+            warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves open files to the collector
             yield
+            gc.collect()  # here, or it would find them where they are nobody's fault
     finally:
         for name in os.environ.keys() - before.keys():  # Flower and Ray set some themselves
             del os.environ[name]
